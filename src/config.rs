@@ -98,6 +98,9 @@ const SECTIONS: [&str; 6] = ["postgres", "redis", "cache", "changes", "http", "l
 const TABLE_KEYS: [&str; 8] = ["name", "table", "key", "columns", "rename", "ttl", "format", "lookups"];
 const LOOKUP_KEYS: [&str; 3] = ["name", "key", "order"];
 
+/// How each table begins in the text of a configuration.
+const TABLE: &str = "[[tables]]";
+
 /// All settings.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -225,6 +228,54 @@ fn refuse<T>(thing: impl Into<String>, fact: impl Into<String>, remedy: impl Int
 }
 
 impl Config {
+    /// Returns the names of the settings, but for those of tables, that another configuration has otherwise. Secrets are not
+    /// compared.
+    pub fn settings_that_differ(&self, other: &Config) -> Vec<String> {
+        let pairs = self.settings().into_iter().zip(other.settings());
+        pairs.filter(|((_, before), (_, after))| before != after).map(|((name, _), _)| name).collect()
+    }
+
+    /// The settings as they are shown, each with its name. Every configuration has the same.
+    fn settings(&self) -> Vec<(String, &str)> {
+        let (mut section, mut all) = ("", Vec::new());
+        for line in self.shown.lines().take_while(|line| *line != TABLE) {
+            if let Some(name) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
+                section = name;
+            } else if let Some((name, _)) = line.split_once(" = ") {
+                all.push((format!("{section}.{name}"), line));
+            }
+        }
+        all
+    }
+
+    /// Returns what takes effect of `new` without a restart: its tables, and its `cache` settings.
+    pub fn reloaded(&self, new: Config) -> Config {
+        let own: HashMap<String, &str> = self.settings().into_iter().collect();
+        let mut settings = new.settings().into_iter().peekable();
+        let mut shown = String::new();
+        for line in new.shown.lines() {
+            let is_setting = !line.starts_with('[') && line.contains(" = ");
+            // Those of tables come after all others.
+            let before = settings
+                .next_if(|_| is_setting)
+                .and_then(|(name, _)| own.get(&name).filter(|_| !name.starts_with("cache.")).copied());
+            shown += before.unwrap_or(line);
+            shown.push('\n');
+        }
+        let Config { postgres, redis, changes, http, log, .. } = self.clone();
+        Config {
+            postgres,
+            redis,
+            changes,
+            http,
+            log,
+            shown,
+            cache: new.cache,
+            tables: new.tables,
+            warnings: new.warnings,
+        }
+    }
+
     /// Whether all keys share one hash slot, because every template has the hash tag of prefetchd's own keys. On a cluster
     /// they are then written as on a single Redis.
     pub fn one_slot(&self) -> bool {

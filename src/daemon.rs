@@ -1,20 +1,23 @@
 //! The composition root: starts HTTP server and supervisor on one configuration, and stops them in order.
 
-use crate::admin::ASKED_HELD;
+use crate::admin::{ASKED_HELD, Asked};
 use crate::bridge::context::Context;
+use crate::bridge::regenerate::{Regenerated, regenerate};
 use crate::bridge::{BridgeError, supervise};
 use crate::config::{Config, Secret};
 use crate::demo;
-use crate::history::{History, Kind, Totals};
+use crate::history::{Kind, Totals};
 use crate::http::{self, AdminToken};
-use crate::metrics::Metrics;
 use crate::progress::resume::Adopt;
+use crate::reload::{self, Reread, Wanted};
 use crate::status::{ChangeEvent, Level, Moment, ReadCounts, State, Status};
 use crate::token::Made;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
@@ -34,7 +37,7 @@ pub struct Daemon {
 }
 
 /// Runs the daemon until `stop`, then drains. `started` is called once, when the HTTP server listens. `demo` receives the
-/// requests of the demo's page.
+/// requests of the demo's page. `reload` reads the configuration again, if it can be.
 ///
 /// # Errors
 /// At the start, one that retrying cannot fix ([`crate::error::Disposition::Stop`]), or a port that cannot be bound.
@@ -43,12 +46,14 @@ pub async fn run(
     adopt: Adopt,
     stop: CancellationToken,
     demo: Option<mpsc::Sender<demo::DemoRequest>>,
+    reload: Option<Reread>,
     started: impl FnOnce(Daemon),
 ) -> Result<(), BridgeError> {
     let address = config.http.listen;
     let listener = TcpListener::bind(address).await.map_err(|error| BridgeError::Listen { address, error })?;
     let listen = listener.local_addr().map_err(|error| BridgeError::Listen { address, error })?;
-    let (ctx, status) = Context::new(config, adopt, stop);
+    let (ctx, status) = Context::new(config, adopt, stop.child_token());
+    let mut ctx = Arc::new(ctx);
     // The token's file exists until the end, and before the address is announced.
     let (admin_token, _file) = admin_token(ctx.config.http.admin_token.as_ref(), listen);
     tracing::info!(
@@ -58,33 +63,29 @@ pub async fn run(
         slot = ctx.config.postgres.slot,
         "listening on http://{listen}"
     );
+    let version = env!("CARGO_PKG_VERSION");
+    ctx.history.happened(Level::Good, Kind::Started, None, format!("prefetchd {version} started"));
     let (ask, mut asked) = mpsc::channel(ASKED_HELD);
+    let (reloads, mut wanted) = mpsc::channel(reload::WAITING);
     let http_stop = CancellationToken::new();
-    let serving = tokio::spawn(http::serve(
-        listener,
-        http::HttpContext {
-            status: status.clone(),
-            reader: ctx.reader.clone(),
-            sightings: ctx.sightings.clone(),
-            tables: ctx.specs.clone(),
-            metrics: ctx.metrics.clone(),
-            history: ctx.history.clone(),
-            events: ctx.events.clone(),
-            position_wanted: ctx.position_wanted.clone(),
-            max_staleness: ctx.config.cache.max_staleness,
-            ask,
-            admin_token: admin_token.clone(),
-            names: http::Names::new(listen.ip(), &ctx.config.http.hosts),
-            page: http::Page { is_shown: ctx.config.http.page, demo },
-        },
-        http_stop.clone(),
-    ));
-    let keeping = tokio::spawn(keep_history(
-        ctx.history.clone(),
-        status.clone(),
-        ctx.metrics.clone(),
-        ctx.config.cache.max_staleness,
-    ));
+    let (contexts, served) = watch::channel(http::HttpContext {
+        status: status.clone(),
+        reader: ctx.reader.clone(),
+        sightings: ctx.sightings.clone(),
+        tables: ctx.specs.clone(),
+        metrics: ctx.metrics.clone(),
+        history: ctx.history.clone(),
+        events: ctx.events.clone(),
+        position_wanted: ctx.position_wanted.clone(),
+        max_staleness: ctx.config.cache.max_staleness,
+        ask,
+        reload: reload.is_some().then(|| reloads.clone()),
+        admin_token: admin_token.clone(),
+        names: http::Names::new(listen.ip(), &ctx.config.http.hosts),
+        page: http::Page { is_shown: ctx.config.http.page, demo },
+    });
+    let serving = tokio::spawn(http::serve(listener, served, http_stop.clone()));
+    let hangups = reload.is_some().then(|| tokio::spawn(reload_on_hangup(reloads)));
     started(Daemon {
         listen,
         status,
@@ -94,11 +95,21 @@ pub async fn run(
     });
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
-    let ended = supervise::supervise(&ctx, &mut asked).await;
+    let ended = loop {
+        let keeping = tokio::spawn(keep_history(ctx.clone()));
+        let reread = reload.as_ref().map(|reread| (reread, &mut wanted));
+        let worked = until_reloaded(&ctx, &mut asked, reread, &stop, &contexts).await;
+        keeping.abort();
+        match worked {
+            Ok(Some(next)) => ctx = next,
+            Ok(None) => break Ok(()),
+            Err(error) => break Err(error),
+        }
+    };
     ctx.set_state(State::Stopping, None);
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     http_stop.cancel();
-    keeping.abort();
+    hangups.inspect(|hangups| hangups.abort());
     // Requests that are still queued are refused.
     drop(asked);
     let _ = tokio::time::timeout(HTTP_PATIENCE, serving).await;
@@ -108,16 +119,80 @@ pub async fn run(
     ended
 }
 
+/// Works until the daemon is stopped, or until a new configuration is taken: returns what goes on with that.
+async fn until_reloaded(
+    ctx: &Context,
+    asked: &mut mpsc::Receiver<Asked>,
+    reread: Option<(&Reread, &mut mpsc::Receiver<Wanted>)>,
+    stop: &CancellationToken,
+    contexts: &watch::Sender<http::HttpContext>,
+) -> Result<Option<Arc<Context>>, BridgeError> {
+    let Some((reread, wanted)) = reread else { return supervise::supervise(ctx, asked).await.map(|()| None) };
+    let mut work = pin!(supervise::supervise(ctx, asked));
+    loop {
+        let answer = tokio::select! {
+            ended = &mut work => return ended.map(|()| None),
+            Some(answer) = wanted.recv() => answer,
+        };
+        let regenerated = tokio::select! {
+            ended = &mut work => return ended.map(|()| None),
+            regenerated = regenerate(ctx, reread, stop.child_token()) => regenerated,
+        };
+        let answered = match regenerated {
+            Err(refused) => {
+                tracing::error!(
+                    reasons = refused.reasons.join("; "),
+                    "the configuration was read again and is refused, the old one stays"
+                );
+                let text = format!("a new configuration was refused: {}", refused.reasons.join("; "));
+                ctx.history.happened(Level::Bad, Kind::Operator, None, text);
+                Err(refused)
+            }
+            Ok(Regenerated { changes, next }) => {
+                let text = changes.text();
+                tracing::info!("the configuration was read again: {text}");
+                ctx.history.happened(Level::Good, Kind::Operator, None, format!("reloaded: {text}"));
+                if let Some(next) = next {
+                    // Before the session ends, so that readers see neither the end nor the beginning.
+                    contexts.send_modify(|context| {
+                        (context.status, context.tables) = (next.watch_status(), next.specs.clone());
+                        (context.metrics, context.max_staleness) =
+                            (next.metrics.clone(), next.config.cache.max_staleness);
+                    });
+                    ctx.stop.cancel();
+                    match work.await {
+                        // What was not drained is delivered again.
+                        Ok(()) | Err(BridgeError::NotDrained(_)) => {}
+                        Err(error) => return Err(error),
+                    }
+                    next.follows(ctx);
+                    // Somebody who asked by HTTP may be gone.
+                    answer.map(|answer| answer.send(Ok(changes)));
+                    return Ok(Some(next));
+                }
+                Ok(changes)
+            }
+        };
+        answer.map(|answer| answer.send(answered));
+    }
+}
+
+/// Asks for a reload with each SIGHUP.
+async fn reload_on_hangup(reloads: mpsc::Sender<Wanted>) {
+    let mut hangups = match signal(SignalKind::hangup()) {
+        Ok(hangups) => hangups,
+        Err(error) => return tracing::warn!(%error, "SIGHUP cannot be received: reload with prefetchd reload"),
+    };
+    while hangups.recv().await.is_some() {
+        // One that waits will read the same.
+        let _ = reloads.try_send(None);
+    }
+}
+
 /// Records a figure a second.
-async fn keep_history(
-    history: Arc<History>,
-    status: watch::Receiver<Arc<Status>>,
-    metrics: Arc<Metrics>,
-    max_staleness: Duration,
-) {
+async fn keep_history(ctx: Arc<Context>) {
+    let (metrics, history, status) = (&ctx.metrics, &ctx.history, ctx.watch_status());
     let mut level = None;
-    let version = env!("CARGO_PKG_VERSION");
-    history.happened(Level::Good, Kind::Started, None, format!("prefetchd {version} started"));
     let mut second = tokio::time::interval(Duration::from_secs(1));
     second.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // The first one is at once.
@@ -129,7 +204,7 @@ async fn keep_history(
         let status = Arc::clone(&status.borrow());
         let now = Moment::now();
         history.second(&status, totals, now);
-        let verdict = status.verdict(now, max_staleness);
+        let verdict = status.verdict(now, ctx.config.cache.max_staleness);
         if level.replace(verdict.level).is_some_and(|before| before != verdict.level) {
             tracing::info!(verdict = verdict.level.as_str(), "{}", verdict.text);
         }

@@ -73,6 +73,7 @@ pub mod http;
 pub mod metrics;
 pub mod nodes;
 pub mod password;
+pub mod reload;
 pub mod sightings;
 pub mod sink;
 pub mod source;

@@ -14,7 +14,7 @@ use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 /// From the commit in Postgres to the acknowledgement by Redis: a loopback round trip as well as an outage.
@@ -106,10 +106,11 @@ pub struct Metrics {
     registry: Registry,
     /// In configuration order.
     tables: Vec<TableMetrics>,
+    families: TableFamilies,
     counters: Counters,
     histograms: Histograms,
     /// Locked, so that one scrape shows one status.
-    gauges: Mutex<StatusGauges>,
+    gauges: Arc<Mutex<StatusGauges>>,
 }
 
 /// The series of one table.
@@ -127,6 +128,7 @@ struct TableMetrics {
 }
 
 /// The families whose children [`TableMetrics`] holds.
+#[derive(Clone)]
 struct TableFamilies {
     changes: IntCounterVec,
     rows_loaded: IntCounterVec,
@@ -136,6 +138,7 @@ struct TableFamilies {
 }
 
 /// Events of the daemon as a whole; dead letters by table.
+#[derive(Clone)]
 struct Counters {
     transactions_applied: IntCounter,
     ttl_renewals: IntCounter,
@@ -146,6 +149,7 @@ struct Counters {
     dead_letters: IntCounterVec,
 }
 
+#[derive(Clone)]
 struct Histograms {
     sync_lag: Histogram,
     load_duration: Histogram,
@@ -231,6 +235,22 @@ impl TableFamilies {
         }
     }
 
+    /// Removes the series of a table.
+    fn forget(&self, table: &str) {
+        // They may be gone already.
+        for op in [Op::Upsert, Op::Delete, Op::Truncate] {
+            let _ = self.changes.remove_label_values(&[table, op.as_str()]);
+        }
+        for result in ["hit", "miss", "error"] {
+            let _ = self.reads.remove_label_values(&[table, result]);
+        }
+        for kind in Drift::ALL {
+            let _ = self.drift.remove_label_values(&[table, kind.as_str()]);
+        }
+        let _ = self.rows_loaded.remove_label_values(&[table]);
+        let _ = self.keys.remove_label_values(&[table]);
+    }
+
     fn of(&self, table: &TableSpec) -> TableMetrics {
         let name = table.name.as_str();
         let changes = |op: Op| self.changes.with_label_values(&[name, op.as_str()]);
@@ -251,6 +271,14 @@ impl TableFamilies {
 }
 
 impl Counters {
+    /// Removes the series of a table.
+    fn forget(&self, table: &str) {
+        for reason in DEAD_LETTER_REASONS {
+            // It may be gone already.
+            let _ = self.dead_letters.remove_label_values(&[table, reason]);
+        }
+    }
+
     fn register(into: &Registry) -> Self {
         Self {
             transactions_applied: counter(
@@ -406,10 +434,38 @@ impl Metrics {
         counters.start(tables);
         Self {
             tables: tables.iter().map(|table| families.of(table)).collect(),
+            families,
             counters,
             histograms: Histograms::register(&registry),
-            gauges: Mutex::new(StatusGauges::register(&registry)),
+            gauges: Arc::new(Mutex::new(StatusGauges::register(&registry))),
             registry,
+        }
+    }
+
+    /// The same metrics for other tables. Those of a table that both have go on counting.
+    pub fn for_tables(&self, tables: &[TableSpec]) -> Self {
+        self.counters.start(tables);
+        Metrics {
+            registry: self.registry.clone(),
+            tables: tables.iter().map(|table| self.families.of(table)).collect(),
+            families: self.families.clone(),
+            counters: self.counters.clone(),
+            histograms: self.histograms.clone(),
+            gauges: self.gauges.clone(),
+        }
+    }
+
+    /// Removes the series of tables that are not among these.
+    pub fn leaves_only(&self, tables: &[TableSpec]) {
+        for family in self.registry.gather() {
+            for metric in family.get_metric() {
+                let label = metric.get_label().iter().find(|label| label.name() == "table");
+                let Some(name) = label.map(|label| label.value()) else { continue };
+                if !tables.iter().any(|table| table.name == name) {
+                    self.families.forget(name);
+                    self.counters.forget(name);
+                }
+            }
         }
     }
 

@@ -161,6 +161,7 @@ impl Stage {
             max_staleness: Duration::from_secs(30),
             // Nothing answers: what is tested here is who may ask, not what operations do.
             ask: tokio::sync::mpsc::channel(1).0,
+            reload: None,
             admin_token: AdminToken::Made(TOKEN.into()),
             names: Names::new(Ipv4Addr::LOCALHOST.into(), &[]),
             page: Page { is_shown: true, demo: None },
@@ -170,7 +171,7 @@ impl Stage {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let server = tokio::spawn(http::serve_within(limits, listener, context, stop.clone()));
+        let server = tokio::spawn(http::serve_within(limits, listener, watch::channel(context).1, stop.clone()));
         let mut stage = Self { redis, connection, address, status, events, position_wanted, stop, server };
         stage.checkpoint(&checkpoint("0/1A", TableState::Loaded)).await;
         stage.row("cache:category:cat-001", &[("id", "cat-001"), ("name", "Beverages"), ("featured", "true")]).await;

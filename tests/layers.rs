@@ -80,6 +80,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "tls",
         ],
     ),
+    ("reload", &["config"]),
     ("telemetry", &["config", "terminal"]),
     // No path to Postgres, and none to the writer.
     (
@@ -95,6 +96,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "lsn",
             "metrics",
             "plan::key",
+            "reload",
             "schema",
             "sightings",
             "sink::Class",
@@ -125,6 +127,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "plan",
             "progress",
             "reason",
+            "reload",
             "remedy",
             "resp",
             "schema",
@@ -150,6 +153,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "http",
             "metrics",
             "progress::resume::Adopt",
+            "reload",
             "status",
             "token",
         ],

@@ -54,6 +54,7 @@ mod provider;
 mod reads;
 mod redis_ways;
 mod redisjson;
+mod reload;
 mod remedies;
 mod rotation;
 mod rows;

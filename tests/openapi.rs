@@ -7,6 +7,7 @@ use prefetchd::admin::{self, Operation, Tally};
 use prefetchd::demo;
 use prefetchd::http::{AdminToken, HttpContext, HttpLimits};
 use prefetchd::lsn::EndLsn;
+use prefetchd::reload::{self, Changes, Refused};
 use prefetchd::status::State;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -47,6 +48,7 @@ const POSTS: &[(&str, &str, bool)] = &[
     ("/v1/admin/invalidate", r#"{"table": "categories", "keys": ["cat-001"]}"#, true),
     ("/v1/admin/clear", r#"{"table": "categories", "confirm": "categories"}"#, true),
     ("/v1/admin/skip", r#"{"lsn": "0/1A"}"#, false),
+    ("/v1/admin/reload", "{}", false),
     ("/demo/add", "{}", false),
 ];
 
@@ -76,6 +78,14 @@ fn operator(context: &mut HttpContext, refuses: bool) {
             } else {
                 Ok(done)
             });
+        }
+    });
+    let (reload, mut reloads) = mpsc::channel::<reload::Wanted>(1);
+    context.reload = Some(reload);
+    tokio::spawn(async move {
+        while let Some(answer) = reloads.recv().await.flatten() {
+            let refused = Refused { reasons: vec!["it is no TOML".to_owned()] };
+            let _ = answer.send(if refuses { Err(refused) } else { Ok(Changes::default()) });
         }
     });
     let (ask, mut asked) = mpsc::channel::<demo::DemoRequest>(1);
@@ -222,6 +232,11 @@ async fn every_route_and_every_status_is_described_and_no_other() {
     }
     // Nothing is there any more.
     let ending = Stage::set_with(HttpLimits::default(), |context| context.page.demo = Some(mpsc::channel(1).0)).await;
+    // It never gets round to it.
+    let (reload, _reloads) = mpsc::channel(1);
+    reload.try_send(None).unwrap();
+    let late = Stage::set_with(HttpLimits::default(), |context| context.reload = Some(reload)).await;
+    see(&mut seen, "post /v1/admin/reload", &ask(&late, "POST", "/v1/admin/reload", &[JSON], "{}").await);
     see(&mut seen, "get /v1/events", &ask(&refuses, "GET", "/v1/events", &[], "").await);
     for stage in [&refuses, &locked, &ending] {
         for &(target, good, _) in POSTS {

@@ -149,6 +149,58 @@ impl Context {
         (ctx, seen)
     }
 
+    /// What the next session begins with, whose configuration has the same servers: it knows what this one knows.
+    pub fn next(&self, config: Config, stop: CancellationToken) -> Self {
+        let specs: Arc<[TableSpec]> = config.tables.clone().into();
+        let status = self.status.borrow().for_tables(&self.specs, &specs);
+        Context {
+            timing: self.timing.clone(),
+            adopt: self.adopt,
+            application_name: self.application_name.clone(),
+            metrics: Arc::new(self.metrics.for_tables(&specs)),
+            history: self.history.clone(),
+            events: self.events.clone(),
+            position_wanted: self.position_wanted.clone(),
+            reader: self.reader.clone(),
+            sightings: self.sightings.clone(),
+            stop,
+            epoch: AtomicU64::new(self.epoch.load(Ordering::Relaxed)),
+            lags: Mutex::new(self.lags.lock().unwrap_or_else(PoisonError::into_inner).clone()),
+            known: KnownTables::default(),
+            walsender_pid: AtomicI32::new(self.walsender_pid.load(Ordering::Relaxed)),
+            said: self.said.clone(),
+            slot_warned: AtomicBool::new(self.slot_warned.load(Ordering::Relaxed)),
+            paused: AtomicBool::new(self.is_paused()),
+            memory: Mutex::new(self.memory()),
+            skip_wanted: Notify::new(),
+            status: watch::Sender::new(Arc::new(status)),
+            own: self.own.clone(),
+            specs,
+            config,
+        }
+    }
+
+    /// Takes over what the context before this one has learned since [`Self::next`].
+    pub fn follows(&self, before: &Context) {
+        self.epoch.fetch_max(before.epoch.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.set_walsender(before.walsender_pid.load(Ordering::Relaxed));
+        self.remember(|memory| *memory = before.memory());
+        self.metrics.leaves_only(&self.specs);
+        let last = before.status.borrow().for_tables(&before.specs, &self.specs);
+        self.update(|status| {
+            for (table, last) in status.tables.iter_mut().zip(&last.tables) {
+                (table.prefetched, table.upserts) = (last.prefetched, last.upserts);
+                (table.deletes, table.truncates, table.keyless) = (last.deletes, last.truncates, last.keyless);
+            }
+            (status.epoch, status.seq, status.applied) = (last.epoch, last.seq, last.applied);
+        });
+    }
+
+    /// Another receiver of its status.
+    pub fn watch_status(&self) -> watch::Receiver<Arc<Status>> {
+        self.status.subscribe()
+    }
+
     /// Changes the published status.
     pub fn update(&self, change: impl FnOnce(&mut Status)) {
         self.status.send_modify(|status| change(Arc::make_mut(status)));

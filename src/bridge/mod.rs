@@ -21,6 +21,7 @@ pub mod load;
 pub mod lookup_columns;
 mod observers;
 mod prerequisites;
+pub mod regenerate;
 pub mod renew;
 pub mod room;
 mod sampler;

@@ -67,28 +67,45 @@ pub fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), B
 /// Checks every configured table. At the first start a table that cannot be followed is an error, unless only its owner can
 /// fix it. Later the loader reports it and stops following that table alone.
 pub async fn describe(ctx: &Context, client: &PostgresClient) -> Result<Described, BridgeError> {
+    let stops_that_table_alone = |error: &BridgeError| match error {
+        BridgeError::Source(SourceError::OwnersCode { .. }) => true,
+        BridgeError::Setup(_) => ctx.has_begun(),
+        BridgeError::Source(error) => error.is_about_the_table() && ctx.has_begun(),
+        _ => false,
+    };
+    describe_all(ctx, client, &ctx.specs, stops_that_table_alone).await
+}
+
+/// Fails for any of these tables that cannot be followed.
+pub async fn describe_strictly(
+    ctx: &Context,
+    client: &PostgresClient,
+    specs: &[TableSpec],
+) -> Result<Described, BridgeError> {
+    describe_all(ctx, client, specs, |_| false).await
+}
+
+async fn describe_all(
+    ctx: &Context,
+    client: &PostgresClient,
+    specs: &[TableSpec],
+    stops_that_table_alone: impl Fn(&BridgeError) -> bool,
+) -> Result<Described, BridgeError> {
     let booleans = snapshot::boolean_types(&client.client).await?;
     let mut types = KnownTypes { booleans: booleans.clone(), ..KnownTypes::default() };
     let mut tables = Vec::new();
-    let asked: Vec<Asked<'_>> =
-        ctx.specs.iter().map(|spec| Asked { name: &spec.table, chosen: &spec.columns }).collect();
+    let asked: Vec<Asked<'_>> = specs.iter().map(|spec| Asked { name: &spec.table, chosen: &spec.columns }).collect();
     let publication = &ctx.config.postgres.publication;
     let found = snapshot::describe_all(&client.client, &asked, publication, Sizes::Remembered).await?;
-    for (spec, found) in ctx.specs.iter().zip(found) {
+    for (spec, found) in specs.iter().zip(found) {
         let seen = found.map_err(BridgeError::from).and_then(|catalog| {
             let of_table =
                 catalog.as_ref().map(|catalog| catalog.known_types(spec.format, &booleans)).unwrap_or_default();
             types.learn(of_table);
             describe_table(ctx, spec, catalog, &types)
         });
-        let stops_that_table_alone = match &seen {
-            Err(BridgeError::Source(SourceError::OwnersCode { .. })) => true,
-            Err(BridgeError::Setup(_)) => ctx.has_begun(),
-            Err(BridgeError::Source(error)) => error.is_about_the_table() && ctx.has_begun(),
-            Ok(_) | Err(_) => false,
-        };
         let (fingerprint, catalog) = match seen {
-            Err(_) if stops_that_table_alone => (0, CatalogMark { shape: 0, storage: 0 }),
+            Err(error) if stops_that_table_alone(&error) => (0, CatalogMark { shape: 0, storage: 0 }),
             seen => seen?,
         };
         let template = spec.key.to_string();

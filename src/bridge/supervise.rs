@@ -24,7 +24,7 @@ const STUCK_RETRY: Duration = Duration::from_secs(30);
 /// # Errors
 /// At the start, one that retrying cannot fix ([`Disposition::Stop`]); at the stop, [`BridgeError::NotDrained`].
 pub async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(), BridgeError> {
-    let mut attempts = Attempts::default();
+    let mut attempts = Attempts { ever_began: ctx.has_begun(), ..Attempts::default() };
     loop {
         let began = tokio::select! {
             () = ctx.stop.cancelled() => return Ok(()),

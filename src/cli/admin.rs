@@ -68,6 +68,22 @@ pub(super) fn resume(file: Option<&Path>, daemon: &Daemon) -> Result<(), Failure
     print("resumed\n")
 }
 
+pub(super) fn reload(file: Option<&Path>, daemon: &Daemon) -> Result<(), Failure> {
+    let done = ask(file, daemon, "reload", &json!({}))?;
+    let mut lines = String::new();
+    for (name, what) in [
+        ("added", "added"),
+        ("removed", "removed"),
+        ("changed", "changed"),
+        ("restart_required", "takes effect only with a restart"),
+    ] {
+        for of in done[name].as_array().into_iter().flatten() {
+            lines += &format!("{what}: {}\n", printable(of.as_str().unwrap_or_default()));
+        }
+    }
+    print(if lines.is_empty() { "no table has changed\n" } else { &lines })
+}
+
 pub(super) fn refetch(file: Option<&Path>, args: &RefetchArgs) -> Result<(), Failure> {
     let done = ask(file, &args.daemon, "refetch", &of_table(args))?;
     let [loaded, repaired, removed, ms] =

@@ -66,6 +66,8 @@ enum Command {
     Clear(admin::ClearArgs),
     /// Skip a change that Postgres cannot send, then load the tables again
     Skip(admin::SkipArgs),
+    /// Let a running daemon read its configuration again; prints what changed
+    Reload(admin::Daemon),
     /// Drop the slot and the publication that prefetchd created; with --keys also remove its keys from Redis
     Teardown(teardown::TeardownArgs),
     /// Print the address of a running daemon's page, including the token for operations
@@ -117,6 +119,7 @@ impl Cli {
             Some(Command::Invalidate(args)) => admin::invalidate(file, &args),
             Some(Command::Clear(args)) => admin::clear(file, &args),
             Some(Command::Skip(args)) => admin::skip(file, &args),
+            Some(Command::Reload(daemon)) => admin::reload(file, &daemon),
             Some(Command::Teardown(args)) => teardown::run(file, &args),
             Some(Command::Page(args)) => page::run(file, &args),
             Some(Command::Config) => config::run(file),

@@ -6,6 +6,7 @@ use crate::config::{Config, LogFormat, LogSettings};
 use crate::daemon;
 use crate::error::Disposition;
 use crate::progress::resume::Adopt;
+use crate::reload::Reread;
 use crate::telemetry;
 use clap::Args;
 use std::path::Path;
@@ -25,11 +26,13 @@ pub(super) fn run(file: Option<&Path>, args: &RunArgs) -> Result<(), Failure> {
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
+    let path = file.map(Path::to_owned);
+    let reread: Reread = Box::new(move || Config::load(path.as_deref()));
     let adopt = if args.adopt { Adopt::Accept } else { Adopt::Refuse };
     until_a_signal(async |stop| {
         // As a task of its own, because messages between the blocked main thread and the other tasks would switch
         // threads.
-        let daemon = tokio::spawn(daemon::run(config, adopt, stop, None, |_| {}));
+        let daemon = tokio::spawn(daemon::run(config, adopt, stop, None, Some(reread), |_| {}));
         let ended = daemon.await.map_err(|error| Failure::work(format!("the daemon failed: {error}")))?;
         ended.map_err(|error| {
             match &error {

@@ -7,12 +7,13 @@
 
 use super::app::{AdminToken, App};
 use super::connection::ClientAddress;
-use super::refusal::{OperationRefused, Refusal, UnknownTable};
+use super::refusal::{OperationRefused, Problem, Refusal, UnknownTable};
 use super::target;
 use crate::admin::{self, Answer, Asked, Operation, Repair, Scope, Tally};
 use crate::history::Kind;
 use crate::lsn::Lsn;
 use crate::metrics::AdminRefused;
+use crate::reload::Changes;
 use crate::schema::{TableId, TableSpec};
 use crate::status::Level;
 use axum::Router;
@@ -47,6 +48,7 @@ pub(super) fn routes(app: &Arc<App>) -> Router<Arc<App>> {
         .route("/v1/admin/invalidate", post(invalidate))
         .route("/v1/admin/clear", post(clear))
         .route("/v1/admin/skip", post(skip))
+        .route("/v1/admin/reload", post(reload))
         .route_layer(from_fn_with_state(Arc::clone(app), guard))
 }
 
@@ -348,6 +350,41 @@ pub(super) async fn skip(State(app): State<Arc<App>>, body: Body) -> Result<Resp
     let Skip { lsn } = parse(&body)?;
     let lsn: Lsn = lsn.parse().map_err(|_| Refusal::BadRequest(format!("{lsn:?} is no LSN like 0/1A2B3C")))?;
     Ok(shown(app.operate(Operation::Skip(lsn)).await?))
+}
+
+/// Read the configuration again: tables that are new or changed are loaded, others go on, removed ones go with their keys.
+#[utoipa::path(post, path = "/v1/admin/reload", tag = "operations", security(("token" = [])), responses(
+    (status = 200, description = "What has changed. Settings that need a restart stay as they are.", body = Reloaded),
+    (status = 422, description = "`invalid_configuration`: it is refused, and nothing has changed.", body = Problem),
+    OperationRefused,
+))]
+pub(super) async fn reload(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
+    let Nothing {} = parse(&body)?;
+    let (answer, answered) = oneshot::channel();
+    let Some(reload) = &app.context.reload else {
+        return Err(Refusal::NotNow("this daemon has no configuration file that it could read again".to_owned()));
+    };
+    reload.try_send(Some(answer)).map_err(|error| match error {
+        TrySendError::Full(_) => Refusal::Busy("too many reloads wait for their turn: try again".to_owned()),
+        TrySendError::Closed(_) => Refusal::Stopping,
+    })?;
+    match answered.await {
+        Ok(Ok(Changes { added, removed, changed, restart_required, .. })) => {
+            Ok(Json(Reloaded { added, removed, changed, restart_required }).into_response())
+        }
+        Ok(Err(refused)) => Err(Refusal::InvalidConfiguration(refused.reasons.join("; "))),
+        Err(_) => Err(Refusal::Stopping),
+    }
+}
+
+#[derive(Serialize, ToSchema)]
+struct Reloaded {
+    /// Tables by name.
+    added: Vec<String>,
+    removed: Vec<String>,
+    changed: Vec<String>,
+    /// Settings that differ, and take effect when the daemon is started again.
+    restart_required: Vec<String>,
 }
 
 #[derive(Serialize, ToSchema)]

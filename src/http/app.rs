@@ -9,10 +9,12 @@ use crate::admin::Asked;
 use crate::demo::DemoRequest;
 use crate::history::History;
 use crate::metrics::Metrics;
+use crate::reload::Wanted;
 use crate::schema::TableSpec;
 use crate::sightings::Sightings;
 use crate::sink::any_reader::AnyReader;
 use crate::status::{ChangeEvent, Moment, Status};
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, broadcast, mpsc, watch};
@@ -33,6 +35,8 @@ pub struct HttpContext {
     pub position_wanted: Arc<Notify>,
     pub max_staleness: Duration,
     pub ask: mpsc::Sender<Asked>,
+    /// `None` if the configuration cannot be read again.
+    pub reload: Option<mpsc::Sender<Wanted>>,
     pub admin_token: AdminToken,
     pub names: Names,
     pub page: Page,
@@ -69,14 +73,27 @@ pub struct Page {
 /// What every route may use.
 pub(super) struct App {
     pub(super) context: HttpContext,
+    pub(super) held: Arc<Held>,
+    /// The lookups of each table.
+    pub(super) lists: Box<[Option<TableLists>]>,
+    pub(super) stop: CancellationToken,
+}
+
+/// What outlives a reload.
+pub(super) struct Held {
     pub(super) limits: HttpLimits,
     pub(super) guesses: Guesses,
     pub(super) places: Places,
     /// Separate connections for reads of several rows, so that reads of one row do not wait behind them.
     pub(super) batches: Batches,
-    /// The lookups of each table.
-    pub(super) lists: Box<[Option<TableLists>]>,
-    pub(super) stop: CancellationToken,
+}
+
+impl Deref for App {
+    type Target = Held;
+
+    fn deref(&self) -> &Held {
+        &self.held
+    }
 }
 
 impl App {

@@ -24,6 +24,7 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
@@ -83,8 +84,14 @@ impl Default for HttpLimits {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ClientAddress(pub SocketAddr);
 
-/// Serves until `stop`, then lets requests in flight finish, for at most [`HttpLimits::drain`].
-pub(super) async fn serve(listener: TcpListener, router: Router, limits: &HttpLimits, stop: &CancellationToken) {
+/// Serves until `stop`, then lets requests in flight finish, for at most [`HttpLimits::drain`]. Each request goes to the
+/// newest router.
+pub(super) async fn serve(
+    listener: TcpListener,
+    routers: watch::Receiver<Router>,
+    limits: &HttpLimits,
+    stop: &CancellationToken,
+) {
     let open = Arc::new(OpenConnections::default());
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
@@ -98,11 +105,12 @@ pub(super) async fn serve(listener: TcpListener, router: Router, limits: &HttpLi
     while let Some((stream, peer)) = stop.run_until_cancelled(accept(&listener, &open, limits)).await {
         while connections.try_join_next().is_some() {}
         let line = open.add();
-        let service = TowerToHyperService::new(router.clone());
+        let routers = routers.clone();
         let of_service = Arc::clone(&line);
         let service = service_fn(move |mut request: hyper::Request<Incoming>| {
             of_service.now(Doing::Working);
             request.extensions_mut().insert(ClientAddress(peer));
+            let service = TowerToHyperService::new(routers.borrow().clone());
             let (answer, line) = (service.call(request), Arc::clone(&of_service));
             async move {
                 let answer: Response = answer.await?;

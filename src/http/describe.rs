@@ -41,6 +41,7 @@ use utoipa::{Modify, OpenApi};
         admin::invalidate,
         admin::clear,
         admin::skip,
+        admin::reload,
         demo::action,
         openapi,
         page,

@@ -29,7 +29,7 @@ pub use app::{AdminToken, HttpContext, Page};
 pub use connection::HttpLimits;
 pub use names::Names;
 
-use app::App;
+use app::{App, Held};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_LENGTH, HOST, X_CONTENT_TYPE_OPTIONS};
@@ -43,19 +43,47 @@ use places::{Batches, Places};
 use refusal::Refusal;
 use std::sync::Arc;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-/// Serves until `stop`; returns when requests in flight have ended, at most 2 s later.
-pub async fn serve(listener: TcpListener, context: HttpContext, stop: CancellationToken) {
-    serve_within(HttpLimits::default(), listener, context, stop).await;
+/// Serves until `stop`; returns when requests in flight have ended, at most 2 s later. A new context is used by every
+/// request after it; event streams end, and begin anew with it.
+pub async fn serve(listener: TcpListener, contexts: watch::Receiver<HttpContext>, stop: CancellationToken) {
+    serve_within(HttpLimits::default(), listener, contexts, stop).await;
 }
 
 /// [`serve`] with other limits.
-pub async fn serve_within(limits: HttpLimits, listener: TcpListener, context: HttpContext, stop: CancellationToken) {
-    let (places, batches) = (Places::new(&limits), Batches::new(&context.reader));
-    let lists = context.tables.iter().map(TableLists::of).collect();
-    let app = Arc::new(App { context, guesses: Guesses::new(), places, batches, lists, stop: stop.clone(), limits });
-    connection::serve(listener, router(Arc::clone(&app)), &app.limits, &stop).await;
+pub async fn serve_within(
+    limits: HttpLimits,
+    listener: TcpListener,
+    mut contexts: watch::Receiver<HttpContext>,
+    stop: CancellationToken,
+) {
+    let context = contexts.borrow_and_update().clone();
+    let held = Arc::new(Held {
+        places: Places::new(&limits),
+        guesses: Guesses::new(),
+        batches: Batches::new(&context.reader),
+        limits: limits.clone(),
+    });
+    let generation = |context: HttpContext, stop: CancellationToken| {
+        let lists = context.tables.iter().map(TableLists::of).collect();
+        router(Arc::new(App { context, held: held.clone(), lists, stop }))
+    };
+    let mut stops = stop.child_token();
+    let (routers, current) = watch::channel(generation(context, stops.clone()));
+    let follow = async {
+        while contexts.changed().await.is_ok() {
+            let before = std::mem::replace(&mut stops, stop.child_token());
+            let _before = routers.send_replace(generation(contexts.borrow_and_update().clone(), stops.clone()));
+            before.cancel();
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = connection::serve(listener, current, &limits, &stop) => {}
+        () = follow => {}
+    }
 }
 
 fn router(app: Arc<App>) -> Router {

@@ -107,6 +107,9 @@ pub enum Refusal {
     NotCompared(String),
     #[error("{0}")]
     Pointless(String),
+    /// The old one stays.
+    #[error("{0}")]
+    InvalidConfiguration(String),
     /// Demo only: it does not break a server that the user provided.
     #[error("{0}")]
     NotOurs(String),
@@ -152,6 +155,7 @@ impl Refusal {
             Refusal::NotNow(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
             Refusal::Interrupted(_) => (StatusCode::SERVICE_UNAVAILABLE, "interrupted"),
             Refusal::NotCompared(_) => (StatusCode::SERVICE_UNAVAILABLE, "not_compared"),
+            Refusal::InvalidConfiguration(_) => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_configuration"),
             Refusal::Pointless(_) => (StatusCode::CONFLICT, "nothing_to_skip"),
             Refusal::NotOurs(_) => (StatusCode::CONFLICT, "given_server"),
             Refusal::Refused(_) => (StatusCode::CONFLICT, "refused"),

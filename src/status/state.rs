@@ -266,6 +266,17 @@ impl Status {
         }
     }
 
+    /// The status of a daemon that goes on with other tables. What is the same is as it was.
+    pub fn for_tables(&self, old: &[TableSpec], new: &[TableSpec]) -> Self {
+        let table = |spec: &TableSpec| {
+            let place = old.iter().position(|before| before.is_like(spec) || before.name == spec.name);
+            let known = place.and_then(|place| self.tables.get(place).filter(|_| old[place].is_like(spec)));
+            let state = self.tables.iter().any(|table| table.state.is_some()).then_some(TableState::Loading);
+            known.cloned().unwrap_or_else(|| TableStatus { state, ..TableStatus::starting(spec) })
+        };
+        Status { tables: new.iter().map(table).collect(), ..self.clone() }
+    }
+
     /// Returns the age of the oldest commit that is received but not applied, or the time since the last contact once
     /// that exceeds the reply interval; while paused, the time since everything was applied. `None` before the first
     /// contact. Returns 0 if the clock of Postgres is ahead of ours.

@@ -32,6 +32,7 @@ const TIMING: &str = "PREFETCHD_TEST_TIMING";
 const SHORT: &str = "catalog=1s setup_retry=1s";
 
 /// What the configuration contains in addition to every test's settings.
+#[derive(Clone)]
 pub struct Settings {
     values: BTreeMap<String, String>,
     tables: String,
@@ -101,6 +102,11 @@ impl Settings {
     pub fn tables(mut self, toml: &str) -> Self {
         toml.clone_into(&mut self.tables);
         self
+    }
+
+    /// The `[[tables]]`.
+    pub fn tables_toml(&self) -> &str {
+        &self.tables
     }
 
     /// Adds an argument after `run`.
@@ -256,7 +262,7 @@ pub struct Daemon {
     token_file: PathBuf,
     log: Arc<Mutex<Log>>,
     reader: Option<JoinHandle<()>>,
-    _config: tempfile::NamedTempFile,
+    config: tempfile::NamedTempFile,
 }
 
 impl Daemon {
@@ -315,11 +321,18 @@ impl Daemon {
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
         let directory = settings.environment().filter(|(name, _)| *name == RUNTIME_DIRECTORY).last();
         let token_file = directory.map_or("", |(_, path)| path).into();
-        Self { child, address, token_file, log, reader: Some(reader), _config: config }
+        Self { child, address, token_file, log, reader: Some(reader), config: config }
     }
 
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Writes other settings to its configuration file. From here on, Redis lets it use their keys.
+    pub fn reconfigure(&self, settings: &Settings) {
+        let rules = settings.redis_rules();
+        settings.redis_users.iter().for_each(|user| user.grant(rules.clone()));
+        std::fs::write(self.config.path(), settings.toml()).unwrap();
     }
 
     pub fn pid(&self) -> Pid {

@@ -150,6 +150,11 @@ pub struct TableSpec {
 }
 
 impl TableSpec {
+    /// Whether it is the same, at whatever place of the configuration.
+    pub fn is_like(&self, other: &TableSpec) -> bool {
+        *self == TableSpec { id: self.id, ..other.clone() }
+    }
+
     /// The text that each key of a row begins with, and those of the keys of lists.
     pub fn literals(&self) -> impl Iterator<Item = &str> {
         let lists = self.lookups.iter().map(|lookup| &*lookup.key.literal);

@@ -142,7 +142,7 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
     let adopt = if own_postgres { Adopt::Accept } else { Adopt::Refuse };
     let (started, daemon) = oneshot::channel();
     let (ask, asked) = desk::channel();
-    let daemon_runs = daemon::run(config, adopt, stop, Some(ask), |daemon| {
+    let daemon_runs = daemon::run(config, adopt, stop, Some(ask), None, |daemon| {
         let _ = started.send(daemon);
     });
     let shown = async {
