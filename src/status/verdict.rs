@@ -639,6 +639,28 @@ mod tests {
         }
     }
 
+    /// `docs/verdicts.md` has every sentence as it is for two tables, a and b, with its remedy.
+    #[test]
+    fn every_sentence_is_documented() {
+        let documented = include_str!("../../docs/verdicts.md");
+        let row = |verdict: &Verdict| {
+            let level = verdict.level.as_str();
+            format!("| {level} | {} | {} |", verdict.text, verdict.remedy.replace('\n', "<br>"))
+        };
+        let mut missing = String::new();
+        for (_, change, ..) in WRONG {
+            let (mut status, now) = healthy();
+            change(&mut status);
+            let row = row(&status.verdict(now, LIMIT));
+            if !documented.contains(&row) {
+                missing += &format!("{row}\n");
+            }
+        }
+        let (status, now) = healthy();
+        let good = row(&status.verdict(now, LIMIT));
+        assert!(missing.is_empty() && documented.contains(&good), "docs/verdicts.md lacks\n{missing}{good}");
+    }
+
     /// Two problems at a time: the worse one decides, and the daemon's problem does not hide a table's.
     #[test]
     fn nothing_is_hidden_by_something_else() {
