@@ -90,7 +90,7 @@ fn mask_parts(rest: &str, at: Option<usize>) -> String {
         out.push(if i == 0 { '?' } else { '&' });
         let (name, _) = pair.split_once('=').unwrap_or((pair, ""));
         let decoded = percent_encoding::percent_decode_str(name).decode_utf8_lossy();
-        if matches!(&*decoded, "password" | "pass" | "sslpassword") {
+        if matches!(&*decoded, "password" | "pass" | "sslpassword" | "sentinel_password") {
             let _ = write!(out, "{name}={MASK}");
         } else {
             out.push_str(pair);
@@ -151,6 +151,7 @@ mod tests {
             assert_eq!(mask_redis(url), shown, "{url}");
         }
     }
+            ("redis+sentinel://h/m?sentinel_password=secret", "redis+sentinel://h/m?sentinel_password=***"),
 
     #[test]
     fn a_time_is_written_as_people_do() {
