@@ -10,6 +10,7 @@ mod show;
 
 use crate::format::Format;
 use crate::lanes::{Lane, hash_tag};
+use crate::password::command::{self, PasswordCommand};
 use crate::password::{self, Password, PasswordError};
 use crate::plan::key::{self, Area};
 use crate::resp::batch::ChangeStream;
@@ -55,6 +56,8 @@ enum Kind {
     /// A whole number.
     Count,
     /// `64MB`, or a number of bytes.
+    /// A program and its arguments; in a variable, as a JSON array.
+    Command,
     Size,
     /// `500ms`, `30s`, `24h`.
     Time,
@@ -67,6 +70,7 @@ const SETTINGS: &[(&str, Kind, &str)] = &[
     ("postgres.reader_url", Kind::PostgresUrl, ""),
     ("postgres.slot", Kind::Text, "prefetchd"),
     ("postgres.publication", Kind::Text, "prefetchd"),
+    ("postgres.password_command", Kind::Command, "[]"),
     ("postgres.create", Kind::Flag, "true"),
     ("postgres.failover", Kind::Flag, "false"),
     ("redis.url", Kind::RedisUrl, "redis://127.0.0.1:6379/0"),
@@ -74,6 +78,8 @@ const SETTINGS: &[(&str, Kind, &str)] = &[
     ("redis.packed", Kind::Text, "auto"),
     ("redis.durability", Kind::Text, "memory"),
     ("cache.ttl", Kind::Time, "24h"),
+    ("redis.password_command", Kind::Command, "[]"),
+    ("redis.sentinel_password_command", Kind::Command, "[]"),
     ("cache.null", Kind::Text, "empty"),
     ("cache.max_staleness", Kind::Time, "30s"),
     ("cache.max_atomic_changes", Kind::Count, "10000"),
@@ -287,7 +293,7 @@ impl Config {
         let tables = merged.tables(null, cache_ttl)?;
         let mut warnings = Vec::new();
         let postgres = merged.postgres(env, &mut warnings)?;
-        let redis = merged.redis(&postgres.slot)?;
+        let redis = merged.redis(&postgres.slot, env)?;
         let cache = CacheSettings {
             max_staleness: merged.time_above_zero("cache.max_staleness")?,
             max_atomic_changes: merged.count("cache.max_atomic_changes")?,
@@ -484,7 +490,7 @@ impl Merged {
         };
         match (value, kind) {
             (None | Some(ValueKind::Nil), _) => Ok(default.to_owned()),
-            (Some(ValueKind::String(_)), Kind::Names) if !self.variables.contains_key(key) => {
+            (Some(ValueKind::String(_)), Kind::Names | Kind::Command) if !self.variables.contains_key(key) => {
                 refuse(self.place(key), "it is not a list", form(kind))
             }
             (Some(ValueKind::String(text)), _) => Ok(text.clone()),
@@ -504,6 +510,14 @@ impl Merged {
 
     /// Whether the file itself contains a password, as part of a URL.
     fn holds_password(&self) -> Result<bool, ConfigError> {
+            (Some(ValueKind::Array(words)), Kind::Command) => {
+                let word = |value: &Value| match &value.kind {
+                    ValueKind::String(word) => Ok(serde_json::Value::from(word.as_str())),
+                    _ => refuse(self.place(key), "it must contain strings only", form(kind)),
+                };
+                let words = words.iter().map(word).collect::<Result<Vec<_>, _>>()?;
+                Ok(serde_json::Value::from(words).to_string())
+            }
         for (key, kind, _) in SETTINGS.iter().filter(|(key, _, _)| !self.variables.contains_key(*key)) {
             let text = self.text(key)?;
             let masked = match kind {
@@ -525,6 +539,23 @@ impl Merged {
             None => {
                 let names: Vec<String> = choices.iter().map(|(name, _)| format!("{name:?}")).collect();
                 refuse(self.place(key), format!("{text:?} is not a choice"), format!("write {}", names.join(" or ")))
+    /// Returns the words of a command, none if it is not set.
+    fn words(&self, key: &str) -> Result<Vec<String>, ConfigError> {
+        let text = self.text(key)?;
+        match serde_json::from_str::<Vec<String>>(&text) {
+            _ if text.is_empty() => Ok(Vec::new()),
+            Ok(words) if words.first().is_some_and(String::is_empty) => {
+                refuse(self.place(key), "its program has no name", form(Kind::Command))
+            }
+            Ok(words) if words.iter().any(|word| word.contains('\0')) => {
+                refuse(self.place(key), "an argument contains a NUL byte", "remove it")
+            }
+            Ok(words) => Ok(words),
+            // Only a variable.
+            Err(_) => refuse(self.place(key), "it is not a list of strings", form(Kind::Command)),
+        }
+    }
+
             }
         }
     }
@@ -574,7 +605,7 @@ impl Merged {
         env: &HashMap<String, String>,
         warnings: &mut Vec<String>,
     ) -> Result<PostgresSettings, ConfigError> {
-        let password = self.password_file("postgres.password_file")?;
+        let password = self.password("postgres.password_file", "postgres.password_command", env)?;
         let target = self.postgres_target("postgres.url", password, env, warnings)?;
         let reader = match self.text("postgres.reader_url")?.is_empty() {
             true => None,
@@ -623,7 +654,7 @@ impl Merged {
         Ok(target)
     }
 
-    fn redis(&self, slot: &str) -> Result<RedisSettings, ConfigError> {
+    fn redis(&self, slot: &str, env: &HashMap<String, String>) -> Result<RedisSettings, ConfigError> {
         let mut target = match RedisTarget::parse(&self.text("redis.url")?) {
             Ok(target) => target,
             Err(error) => {
@@ -633,8 +664,25 @@ impl Merged {
                 return refuse(self.place("redis.url"), fact, "");
             }
         };
-        if let Some(password) = self.password_file("redis.password_file")? {
-            target.password = password;
+            Some(Password::Command(_)) if target.password != Password::None => {
+                return self.two_passwords("postgres.password_command", key);
+            }
+        match self.password("redis.password_file", "redis.password_command", env)? {
+            Some(Password::Command(_)) if target.password != Password::None => {
+                return self.two_passwords("redis.password_command", "redis.url");
+            }
+            Some(password) => target.password = password,
+            None => {}
+        }
+        if let Some(command) = self.password_command("redis.sentinel_password_command", env)? {
+            let place = self.place("redis.sentinel_password_command");
+            let Address::Sentinel(sentinels) = &mut target.address else {
+                return refuse(place, "redis.url names no Sentinels", "remove it, or set redis.password_command");
+            };
+            if sentinels.password != Password::None {
+                return refuse(place, "redis.url has sentinel_password, too", "remove one of them");
+            }
+            sentinels.password = Password::Command(command);
         }
         target.packs = match &*self.text("redis.packed")? {
             "auto" => true,
@@ -772,6 +820,37 @@ impl Merged {
 
     fn tables(&self, null: NullRule, cache_ttl_ms: u64) -> Result<Vec<TableSpec>, ConfigError> {
         let entries: &[Value] = match self.values.get("tables").map(|tables| &tables.kind) {
+    /// Returns the password of a server's settings, if they name a file or a command.
+    fn password(
+        &self,
+        file: &str,
+        command: &'static str,
+        env: &HashMap<String, String>,
+    ) -> Result<Option<Password>, ConfigError> {
+        match (self.password_file(file)?, self.password_command(command, env)?) {
+            (Some(_), Some(_)) => self.two_passwords(command, file),
+            (file, command) => Ok(file.or(command.map(Password::Command))),
+        }
+    }
+
+    fn two_passwords<T>(&self, command: &str, other: &str) -> Result<T, ConfigError> {
+        refuse(self.place(command), format!("the password is in {other}, too"), "remove one of them")
+    }
+
+    /// Returns the command that a setting has, if any. Its program must be there at startup; it runs for every connection.
+    fn password_command(
+        &self,
+        key: &'static str,
+        env: &HashMap<String, String>,
+    ) -> Result<Option<PasswordCommand>, ConfigError> {
+        let words = self.words(key)?;
+        let path = env.get("PATH").map(String::as_str);
+        match words.first().and_then(|program| command::missing(program, path)) {
+            Some(why) => refuse(self.place(key), why, "install it, or correct its path or its permissions"),
+            None => Ok(PasswordCommand::new(key, &words)),
+        }
+    }
+
             None => &[],
             Some(ValueKind::Array(entries)) => entries,
             Some(_) => return refuse(format!("tables in {}", self.file), "it is not a list", "write [[tables]]"),
@@ -1172,6 +1251,7 @@ fn ttl_ms(place: &str, text: &str) -> Result<u64, ConfigError> {
         time if time < SHORTEST_TTL => {
             refuse(place, format!("{text:?} is too short"), "write 1s or more, such as \"24h\"")
         }
+        Kind::Command => "write a list of strings, such as [\"/usr/bin/print-token\", \"--user\", \"prefetchd\"]",
         time if time > LONGEST_TTL => {
             refuse(place, format!("{text:?} is too long"), "write 3650d or less, such as \"24h\"")
         }

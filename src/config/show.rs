@@ -22,6 +22,10 @@ pub(super) fn toml(merged: &Merged, tables: &[TableSpec]) -> Result<String, Conf
             Kind::PostgresUrl => quoted(&mask_postgres(&text)),
             Kind::RedisUrl => quoted(&mask_redis(&text)),
             Kind::Flag | Kind::Count => text,
+            Kind::Command => {
+                let words: Vec<String> = merged.words(key)?.iter().map(|word| quoted(word)).collect();
+                format!("[{}]", words.join(", "))
+            }
             Kind::Names => {
                 let names: Vec<String> = text.split(',').filter(|name| !name.is_empty()).map(quoted).collect();
                 format!("[{}]", names.join(", "))
@@ -147,11 +151,11 @@ mod tests {
             ("redis://u:se@cret@h/0", "redis://u:***@h/0"),
             ("unix:///s?db=1&pass=secret", "unix:///s?db=1&pass=***"),
             ("unix:///s@t?password=secret", "unix:///s@t?password=***"),
+            ("redis+sentinel://h/m?sentinel_password=secret", "redis+sentinel://h/m?sentinel_password=***"),
         ] {
             assert_eq!(mask_redis(url), shown, "{url}");
         }
     }
-            ("redis+sentinel://h/m?sentinel_password=secret", "redis+sentinel://h/m?sentinel_password=***"),
 
     #[test]
     fn a_time_is_written_as_people_do() {

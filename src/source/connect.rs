@@ -165,7 +165,7 @@ pub(super) fn unsuited(at: &str, why: &'static str) -> SourceError {
 pub(super) type LoginRefusal = (&'static str, &'static str);
 /// A server that asks for a password when there is none reports no error, so there is no code.
 pub(super) const NO_PASSWORD: LoginRefusal =
-    ("asks for a password, and none is configured", "put it into postgres.url or postgres.password_file");
+    ("asks for a password, and none is configured", "set postgres.password_file or postgres.password_command");
 pub(super) const UNBOUND: LoginRefusal = (
     "does not bind the login to the TLS connection, which channel_binding=require asks for",
     "use TLS, and scram-sha-256 in pg_hba.conf for this role, or remove channel_binding=require",
