@@ -22,6 +22,7 @@ use config::{FileFormat, Source, Value, ValueKind};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ const SHORTEST_TOKEN: usize = 16;
 const SHORTEST_TTL: Duration = Duration::from_secs(1);
 /// Ten years. Anything longer is a typing error, and would defeat the TTL's purpose as a safety net.
 const LONGEST_TTL: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+/// A row may have more. Anything lower is a typing error.
+const LOWEST_LOAD_RATE: NonZeroU64 = NonZeroU64::new(10_000).expect("it is above 0");
 /// The length that Postgres allows for a name (`NAMEDATALEN` - 1).
 const LONGEST_IDENTIFIER_BYTES: usize = 63;
 
@@ -53,11 +56,11 @@ enum Kind {
     Flag,
     /// Names, separated by commas in a variable.
     Names,
+    /// A program and its arguments; in a variable, as a JSON array.
+    Command,
     /// A whole number.
     Count,
     /// `64MB`, or a number of bytes.
-    /// A program and its arguments; in a variable, as a JSON array.
-    Command,
     Size,
     /// `500ms`, `30s`, `24h`.
     Time,
@@ -67,24 +70,25 @@ enum Kind {
 const SETTINGS: &[(&str, Kind, &str)] = &[
     ("postgres.url", Kind::PostgresUrl, "postgres://prefetchd@127.0.0.1:5432/shop"),
     ("postgres.password_file", Kind::Text, ""),
+    ("postgres.password_command", Kind::Command, "[]"),
     ("postgres.reader_url", Kind::PostgresUrl, ""),
     ("postgres.slot", Kind::Text, "prefetchd"),
     ("postgres.publication", Kind::Text, "prefetchd"),
-    ("postgres.password_command", Kind::Command, "[]"),
     ("postgres.create", Kind::Flag, "true"),
     ("postgres.failover", Kind::Flag, "false"),
     ("redis.url", Kind::RedisUrl, "redis://127.0.0.1:6379/0"),
     ("redis.password_file", Kind::Text, ""),
+    ("redis.password_command", Kind::Command, "[]"),
+    ("redis.sentinel_password_command", Kind::Command, "[]"),
     ("redis.packed", Kind::Text, "auto"),
     ("redis.durability", Kind::Text, "memory"),
     ("cache.ttl", Kind::Time, "24h"),
-    ("redis.password_command", Kind::Command, "[]"),
-    ("redis.sentinel_password_command", Kind::Command, "[]"),
     ("cache.null", Kind::Text, "empty"),
     ("cache.max_staleness", Kind::Time, "30s"),
     ("cache.max_atomic_changes", Kind::Count, "10000"),
     ("cache.max_atomic_bytes", Kind::Size, "64MB"),
     ("cache.verify_every", Kind::Time, "24h"),
+    ("cache.load_rate", Kind::Size, ""),
     ("changes.stream", Kind::Text, ""),
     ("changes.max_len", Kind::Count, "100000"),
     ("http.listen", Kind::Text, "127.0.0.1:8787"),
@@ -158,6 +162,8 @@ pub struct CacheSettings {
     pub max_atomic_bytes: usize,
     /// `None` for never.
     pub verify_every: Option<Duration>,
+    /// Bytes a second that loads, verifications and refetches may read from Postgres. `None`: no limit.
+    pub load_rate: Option<NonZeroU64>,
 }
 
 #[derive(Debug, Clone)]
@@ -299,6 +305,7 @@ impl Config {
             max_atomic_changes: merged.count("cache.max_atomic_changes")?,
             max_atomic_bytes: merged.size("cache.max_atomic_bytes")?,
             verify_every: Some(merged.time("cache.verify_every")?).filter(|every| !every.is_zero()),
+            load_rate: merged.load_rate()?,
         };
         let changes = merged.changes(&tables)?;
         let http = HttpSettings {
@@ -503,13 +510,6 @@ impl Merged {
                 };
                 Ok(names.iter().map(name).collect::<Result<Vec<_>, _>>()?.join(","))
             }
-            // The value is not shown, because it may be a misplaced password.
-            (Some(_), _) => refuse(self.place(key), "not a value of this setting", form(kind)),
-        }
-    }
-
-    /// Whether the file itself contains a password, as part of a URL.
-    fn holds_password(&self) -> Result<bool, ConfigError> {
             (Some(ValueKind::Array(words)), Kind::Command) => {
                 let word = |value: &Value| match &value.kind {
                     ValueKind::String(word) => Ok(serde_json::Value::from(word.as_str())),
@@ -518,6 +518,13 @@ impl Merged {
                 let words = words.iter().map(word).collect::<Result<Vec<_>, _>>()?;
                 Ok(serde_json::Value::from(words).to_string())
             }
+            // The value is not shown, because it may be a misplaced password.
+            (Some(_), _) => refuse(self.place(key), "not a value of this setting", form(kind)),
+        }
+    }
+
+    /// Whether the file itself contains a password, as part of a URL.
+    fn holds_password(&self) -> Result<bool, ConfigError> {
         for (key, kind, _) in SETTINGS.iter().filter(|(key, _, _)| !self.variables.contains_key(*key)) {
             let text = self.text(key)?;
             let masked = match kind {
@@ -532,13 +539,6 @@ impl Merged {
         Ok(false)
     }
 
-    fn choice<T: Copy>(&self, key: &str, choices: &[(&str, T)]) -> Result<T, ConfigError> {
-        let text = self.text(key)?;
-        match choices.iter().find(|(name, _)| *name == text) {
-            Some((_, choice)) => Ok(*choice),
-            None => {
-                let names: Vec<String> = choices.iter().map(|(name, _)| format!("{name:?}")).collect();
-                refuse(self.place(key), format!("{text:?} is not a choice"), format!("write {}", names.join(" or ")))
     /// Returns the words of a command, none if it is not set.
     fn words(&self, key: &str) -> Result<Vec<String>, ConfigError> {
         let text = self.text(key)?;
@@ -556,6 +556,13 @@ impl Merged {
         }
     }
 
+    fn choice<T: Copy>(&self, key: &str, choices: &[(&str, T)]) -> Result<T, ConfigError> {
+        let text = self.text(key)?;
+        match choices.iter().find(|(name, _)| *name == text) {
+            Some((_, choice)) => Ok(*choice),
+            None => {
+                let names: Vec<String> = choices.iter().map(|(name, _)| format!("{name:?}")).collect();
+                refuse(self.place(key), format!("{text:?} is not a choice"), format!("write {}", names.join(" or ")))
             }
         }
     }
@@ -582,6 +589,19 @@ impl Merged {
         match size {
             None | Some(0) => refuse(self.place(key), format!("{text:?} is not a size above 0"), form(Kind::Size)),
             Some(size) => Ok(size),
+        }
+    }
+
+    fn load_rate(&self) -> Result<Option<NonZeroU64>, ConfigError> {
+        let (key, text) = ("cache.load_rate", self.text("cache.load_rate")?);
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let remedy = "write the bytes a second, such as \"20MB\", at least \"10kB\", or \"\" for no limit";
+        match text.parse::<bytesize::ByteSize>().map(|size| NonZeroU64::new(size.as_u64())) {
+            Ok(Some(rate)) if rate >= LOWEST_LOAD_RATE => Ok(Some(rate)),
+            Ok(_) => refuse(self.place(key), format!("{text:?} is so little that no load would end"), remedy),
+            Err(_) => refuse(self.place(key), format!("{text:?} is not a size"), remedy),
         }
     }
 
@@ -644,6 +664,9 @@ impl Merged {
             Err(error) => return refuse(self.place(key), error.to_string(), ""),
         };
         match password {
+            Some(Password::Command(_)) if target.password != Password::None => {
+                return self.two_passwords("postgres.password_command", key);
+            }
             Some(password) => target.password = password,
             None if target.password != Password::None => {}
             None => {
@@ -664,9 +687,6 @@ impl Merged {
                 return refuse(self.place("redis.url"), fact, "");
             }
         };
-            Some(Password::Command(_)) if target.password != Password::None => {
-                return self.two_passwords("postgres.password_command", key);
-            }
         match self.password("redis.password_file", "redis.password_command", env)? {
             Some(Password::Command(_)) if target.password != Password::None => {
                 return self.two_passwords("redis.password_command", "redis.url");
@@ -800,26 +820,6 @@ impl Merged {
         )
     }
 
-    /// Returns the file that a setting names, if any. It must be usable at startup, and is read again for every
-    /// connection.
-    fn password_file(&self, key: &str) -> Result<Option<Password>, ConfigError> {
-        Ok(self.secret_file(key)?.map(|_| Password::File(self.text(key).unwrap_or_default().into())))
-    }
-
-    /// Returns the contents of the file that a setting names, if any, without the final newline.
-    fn secret_file(&self, key: &str) -> Result<Option<Secret>, ConfigError> {
-        let path = self.text(key)?;
-        if path.is_empty() {
-            return Ok(None);
-        }
-        match password::secret_in(Path::new(&path)) {
-            Ok(secret) => Ok(Some(Secret(secret))),
-            Err(PasswordError { fact, remedy, .. }) => refuse(self.place(key), format!("{path} {fact}"), remedy),
-        }
-    }
-
-    fn tables(&self, null: NullRule, cache_ttl_ms: u64) -> Result<Vec<TableSpec>, ConfigError> {
-        let entries: &[Value] = match self.values.get("tables").map(|tables| &tables.kind) {
     /// Returns the password of a server's settings, if they name a file or a command.
     fn password(
         &self,
@@ -851,6 +851,26 @@ impl Merged {
         }
     }
 
+    /// Returns the file that a setting names, if any. It must be usable at startup, and is read again for every
+    /// connection.
+    fn password_file(&self, key: &str) -> Result<Option<Password>, ConfigError> {
+        Ok(self.secret_file(key)?.map(|_| Password::File(self.text(key).unwrap_or_default().into())))
+    }
+
+    /// Returns the contents of the file that a setting names, if any, without the final newline.
+    fn secret_file(&self, key: &str) -> Result<Option<Secret>, ConfigError> {
+        let path = self.text(key)?;
+        if path.is_empty() {
+            return Ok(None);
+        }
+        match password::secret_in(Path::new(&path)) {
+            Ok(secret) => Ok(Some(Secret(secret))),
+            Err(PasswordError { fact, remedy, .. }) => refuse(self.place(key), format!("{path} {fact}"), remedy),
+        }
+    }
+
+    fn tables(&self, null: NullRule, cache_ttl_ms: u64) -> Result<Vec<TableSpec>, ConfigError> {
+        let entries: &[Value] = match self.values.get("tables").map(|tables| &tables.kind) {
             None => &[],
             Some(ValueKind::Array(entries)) => entries,
             Some(_) => return refuse(format!("tables in {}", self.file), "it is not a list", "write [[tables]]"),
@@ -1231,6 +1251,7 @@ fn form(kind: Kind) -> &'static str {
     match kind {
         Kind::Text | Kind::PostgresUrl | Kind::RedisUrl => "write a string, in quotes",
         Kind::Names => "write a list, such as [\"cache.example\"]",
+        Kind::Command => "write a list of strings, such as [\"/usr/bin/print-token\", \"--user\", \"prefetchd\"]",
         Kind::Flag => "write true or false",
         Kind::Count => "write a whole number, such as 10000",
         Kind::Size => "write a size, such as \"64MB\"",
@@ -1251,7 +1272,6 @@ fn ttl_ms(place: &str, text: &str) -> Result<u64, ConfigError> {
         time if time < SHORTEST_TTL => {
             refuse(place, format!("{text:?} is too short"), "write 1s or more, such as \"24h\"")
         }
-        Kind::Command => "write a list of strings, such as [\"/usr/bin/print-token\", \"--user\", \"prefetchd\"]",
         time if time > LONGEST_TTL => {
             refuse(place, format!("{text:?} is too long"), "write 3650d or less, such as \"24h\"")
         }

@@ -477,6 +477,21 @@ fn a_password_command_that_cannot_be_run_or_stands_beside_a_password_is_refused(
 }
 
 #[test]
+fn a_load_rate_is_a_size_a_second() {
+    let rate = |text: &str| with(&format!("[cache]\nload_rate = {text}"));
+    let read = |text: &str| rate(text).expect("good").cache.load_rate.map(NonZeroU64::get);
+    assert_eq!(
+        [read("\"20MB\""), read("\"64KiB\""), read("10000"), read("\"\"")],
+        [Some(20_000_000), Some(65_536), Some(10_000), None]
+    );
+    for text in ["0", "\"0\"", "\"9kB\"", "\"20MB/s\"", "\"fast\"", "\"-1MB\"", "-1", "true"] {
+        refused(rate(text), &["cache.load_rate in f.toml"]);
+    }
+    refused(rate("\"0\""), &["10kB", "\"\" for no limit"]);
+    refused(rate("\"20MB/s\""), &["not a size", "20MB"]);
+}
+
+#[test]
 fn the_reader_has_a_password_of_its_own() {
     let secret = file(b"of the url alone");
     let path = secret.path().display().to_string();

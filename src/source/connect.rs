@@ -11,6 +11,7 @@ use super::target::{PostgresTarget, SessionAttrs};
 use super::{Closed, ServerError, SourceError, chain, into_io};
 use crate::bounded::Bounded;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use tokio::task::JoinHandle;
@@ -29,6 +30,8 @@ pub struct PostgresClient {
     target: PostgresTarget,
     peer: Peer,
     task: JoinHandle<()>,
+    /// Bytes of COPY.
+    received: AtomicU64,
 }
 
 /// The outcome of a request to cancel a running statement.
@@ -56,6 +59,15 @@ impl PostgresClient {
         let answer = (0..=SESSION_OPTIONS.len()).map(|i| row.optional(i)).collect::<Result<Vec<_>, _>>()?;
         self.server_started = check_session(at, &answer)?;
         Ok(())
+    }
+
+    /// Returns how many bytes of rows the server has sent, those that were thrown away included.
+    pub fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn receives(&self, bytes: usize) {
+        self.received.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     pub fn endpoint(&self) -> Endpoint {
@@ -146,7 +158,8 @@ async fn open(
                 tracing::debug!(error = chain(&error), "connection to postgres ended");
             }
         });
-        let mut client = PostgresClient { client, server_started: String::new(), target: target.clone(), peer, task };
+        let (server_started, received, target) = (String::new(), AtomicU64::new(0), target.clone());
+        let mut client = PostgresClient { client, server_started, target, peer, task, received };
         client.prepare(&at, wanted).await?;
         Ok(client)
     };
