@@ -385,8 +385,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let command = counts(dir.path(), "sleep 0.2");
         assert!(timeout(Duration::from_millis(10), command.read()).await.is_err());
-        let ended = command.runs().last.clone().unwrap().1.ended.wait_for(Option::is_some).await.is_ok();
-        assert!(ended);
+        let mut run = command.runs().last.clone().unwrap().1;
+        assert!(run.ended.wait_for(Option::is_some).await.is_ok());
         assert_eq!(command.read().await.as_deref(), Ok("1"));
         assert_eq!(command.read().await.as_deref(), Ok("2"));
     }
