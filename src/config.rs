@@ -10,6 +10,7 @@ mod show;
 
 use crate::format::Format;
 use crate::lanes::{Lane, hash_tag};
+use crate::password::command::{self, PasswordCommand};
 use crate::password::{self, Password, PasswordError};
 use crate::plan::key::{self, Area};
 use crate::resp::batch::ChangeStream;
@@ -21,6 +22,7 @@ use config::{FileFormat, Source, Value, ValueKind};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -37,6 +39,8 @@ const SHORTEST_TOKEN: usize = 16;
 const SHORTEST_TTL: Duration = Duration::from_secs(1);
 /// Ten years. Anything longer is a typing error, and would defeat the TTL's purpose as a safety net.
 const LONGEST_TTL: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+/// A row may have more. Anything lower is a typing error.
+const LOWEST_LOAD_RATE: NonZeroU64 = NonZeroU64::new(10_000).expect("it is above 0");
 /// The length that Postgres allows for a name (`NAMEDATALEN` - 1).
 const LONGEST_IDENTIFIER_BYTES: usize = 63;
 
@@ -52,6 +56,8 @@ enum Kind {
     Flag,
     /// Names, separated by commas in a variable.
     Names,
+    /// A program and its arguments; in a variable, as a JSON array.
+    Command,
     /// A whole number.
     Count,
     /// `64MB`, or a number of bytes.
@@ -64,6 +70,7 @@ enum Kind {
 const SETTINGS: &[(&str, Kind, &str)] = &[
     ("postgres.url", Kind::PostgresUrl, "postgres://prefetchd@127.0.0.1:5432/shop"),
     ("postgres.password_file", Kind::Text, ""),
+    ("postgres.password_command", Kind::Command, "[]"),
     ("postgres.reader_url", Kind::PostgresUrl, ""),
     ("postgres.slot", Kind::Text, "prefetchd"),
     ("postgres.publication", Kind::Text, "prefetchd"),
@@ -71,6 +78,8 @@ const SETTINGS: &[(&str, Kind, &str)] = &[
     ("postgres.failover", Kind::Flag, "false"),
     ("redis.url", Kind::RedisUrl, "redis://127.0.0.1:6379/0"),
     ("redis.password_file", Kind::Text, ""),
+    ("redis.password_command", Kind::Command, "[]"),
+    ("redis.sentinel_password_command", Kind::Command, "[]"),
     ("redis.packed", Kind::Text, "auto"),
     ("redis.durability", Kind::Text, "memory"),
     ("cache.ttl", Kind::Time, "24h"),
@@ -79,6 +88,7 @@ const SETTINGS: &[(&str, Kind, &str)] = &[
     ("cache.max_atomic_changes", Kind::Count, "10000"),
     ("cache.max_atomic_bytes", Kind::Size, "64MB"),
     ("cache.verify_every", Kind::Time, "24h"),
+    ("cache.load_rate", Kind::Size, ""),
     ("changes.stream", Kind::Text, ""),
     ("changes.max_len", Kind::Count, "100000"),
     ("http.listen", Kind::Text, "127.0.0.1:8787"),
@@ -155,6 +165,8 @@ pub struct CacheSettings {
     pub max_atomic_bytes: usize,
     /// `None` for never.
     pub verify_every: Option<Duration>,
+    /// Bytes a second that loads, verifications and refetches may read from Postgres. `None`: no limit.
+    pub load_rate: Option<NonZeroU64>,
 }
 
 #[derive(Debug, Clone)]
@@ -338,12 +350,13 @@ impl Config {
         let tables = merged.tables(null, cache_ttl)?;
         let mut warnings = Vec::new();
         let postgres = merged.postgres(env, &mut warnings)?;
-        let redis = merged.redis(&postgres.slot)?;
+        let redis = merged.redis(&postgres.slot, env)?;
         let cache = CacheSettings {
             max_staleness: merged.time_above_zero("cache.max_staleness")?,
             max_atomic_changes: merged.count("cache.max_atomic_changes")?,
             max_atomic_bytes: merged.size("cache.max_atomic_bytes")?,
             verify_every: Some(merged.time("cache.verify_every")?).filter(|every| !every.is_zero()),
+            load_rate: merged.load_rate()?,
         };
         let changes = merged.changes(&tables)?;
         let http = HttpSettings {
@@ -535,7 +548,7 @@ impl Merged {
         };
         match (value, kind) {
             (None | Some(ValueKind::Nil), _) => Ok(default.to_owned()),
-            (Some(ValueKind::String(_)), Kind::Names) if !self.variables.contains_key(key) => {
+            (Some(ValueKind::String(_)), Kind::Names | Kind::Command) if !self.variables.contains_key(key) => {
                 refuse(self.place(key), "it is not a list", form(kind))
             }
             (Some(ValueKind::String(text)), _) => Ok(text.clone()),
@@ -547,6 +560,14 @@ impl Merged {
                     _ => refuse(self.place(key), "it must contain names only", form(kind)),
                 };
                 Ok(names.iter().map(name).collect::<Result<Vec<_>, _>>()?.join(","))
+            }
+            (Some(ValueKind::Array(words)), Kind::Command) => {
+                let word = |value: &Value| match &value.kind {
+                    ValueKind::String(word) => Ok(serde_json::Value::from(word.as_str())),
+                    _ => refuse(self.place(key), "it must contain strings only", form(kind)),
+                };
+                let words = words.iter().map(word).collect::<Result<Vec<_>, _>>()?;
+                Ok(serde_json::Value::from(words).to_string())
             }
             // The value is not shown, because it may be a misplaced password.
             (Some(_), _) => refuse(self.place(key), "not a value of this setting", form(kind)),
@@ -567,6 +588,23 @@ impl Merged {
             }
         }
         Ok(false)
+    }
+
+    /// Returns the words of a command, none if it is not set.
+    fn words(&self, key: &str) -> Result<Vec<String>, ConfigError> {
+        let text = self.text(key)?;
+        match serde_json::from_str::<Vec<String>>(&text) {
+            _ if text.is_empty() => Ok(Vec::new()),
+            Ok(words) if words.first().is_some_and(String::is_empty) => {
+                refuse(self.place(key), "its program has no name", form(Kind::Command))
+            }
+            Ok(words) if words.iter().any(|word| word.contains('\0')) => {
+                refuse(self.place(key), "an argument contains a NUL byte", "remove it")
+            }
+            Ok(words) => Ok(words),
+            // Only a variable.
+            Err(_) => refuse(self.place(key), "it is not a list of strings", form(Kind::Command)),
+        }
     }
 
     fn choice<T: Copy>(&self, key: &str, choices: &[(&str, T)]) -> Result<T, ConfigError> {
@@ -605,6 +643,19 @@ impl Merged {
         }
     }
 
+    fn load_rate(&self) -> Result<Option<NonZeroU64>, ConfigError> {
+        let (key, text) = ("cache.load_rate", self.text("cache.load_rate")?);
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let remedy = "write the bytes a second, such as \"20MB\", at least \"10kB\", or \"\" for no limit";
+        match text.parse::<bytesize::ByteSize>().map(|size| NonZeroU64::new(size.as_u64())) {
+            Ok(Some(rate)) if rate >= LOWEST_LOAD_RATE => Ok(Some(rate)),
+            Ok(_) => refuse(self.place(key), format!("{text:?} is so little that no load would end"), remedy),
+            Err(_) => refuse(self.place(key), format!("{text:?} is not a size"), remedy),
+        }
+    }
+
     fn time(&self, key: &str) -> Result<Duration, ConfigError> {
         time(&self.place(key), &self.text(key)?)
     }
@@ -625,7 +676,7 @@ impl Merged {
         env: &HashMap<String, String>,
         warnings: &mut Vec<String>,
     ) -> Result<PostgresSettings, ConfigError> {
-        let password = self.password_file("postgres.password_file")?;
+        let password = self.password("postgres.password_file", "postgres.password_command", env)?;
         let target = self.postgres_target("postgres.url", password, env, warnings)?;
         let reader = match self.text("postgres.reader_url")?.is_empty() {
             true => None,
@@ -664,6 +715,9 @@ impl Merged {
             Err(error) => return refuse(self.place(key), error.to_string(), ""),
         };
         match password {
+            Some(Password::Command(_)) if target.password != Password::None => {
+                return self.two_passwords("postgres.password_command", key);
+            }
             Some(password) => target.password = password,
             None if target.password != Password::None => {}
             None => {
@@ -674,7 +728,7 @@ impl Merged {
         Ok(target)
     }
 
-    fn redis(&self, slot: &str) -> Result<RedisSettings, ConfigError> {
+    fn redis(&self, slot: &str, env: &HashMap<String, String>) -> Result<RedisSettings, ConfigError> {
         let mut target = match RedisTarget::parse(&self.text("redis.url")?) {
             Ok(target) => target,
             Err(error) => {
@@ -684,8 +738,22 @@ impl Merged {
                 return refuse(self.place("redis.url"), fact, "");
             }
         };
-        if let Some(password) = self.password_file("redis.password_file")? {
-            target.password = password;
+        match self.password("redis.password_file", "redis.password_command", env)? {
+            Some(Password::Command(_)) if target.password != Password::None => {
+                return self.two_passwords("redis.password_command", "redis.url");
+            }
+            Some(password) => target.password = password,
+            None => {}
+        }
+        if let Some(command) = self.password_command("redis.sentinel_password_command", env)? {
+            let place = self.place("redis.sentinel_password_command");
+            let Address::Sentinel(sentinels) = &mut target.address else {
+                return refuse(place, "redis.url names no Sentinels", "remove it, or set redis.password_command");
+            };
+            if sentinels.password != Password::None {
+                return refuse(place, "redis.url has sentinel_password, too", "remove one of them");
+            }
+            sentinels.password = Password::Command(command);
         }
         target.packs = match &*self.text("redis.packed")? {
             "auto" => true,
@@ -801,6 +869,37 @@ impl Merged {
             format!("{text:?} is not a log level"),
             format!("write one of {}, or directives like \"warn,prefetchd::bridge=debug\"", LEVELS.join(", ")),
         )
+    }
+
+    /// Returns the password of a server's settings, if they name a file or a command.
+    fn password(
+        &self,
+        file: &str,
+        command: &'static str,
+        env: &HashMap<String, String>,
+    ) -> Result<Option<Password>, ConfigError> {
+        match (self.password_file(file)?, self.password_command(command, env)?) {
+            (Some(_), Some(_)) => self.two_passwords(command, file),
+            (file, command) => Ok(file.or(command.map(Password::Command))),
+        }
+    }
+
+    fn two_passwords<T>(&self, command: &str, other: &str) -> Result<T, ConfigError> {
+        refuse(self.place(command), format!("the password is in {other}, too"), "remove one of them")
+    }
+
+    /// Returns the command that a setting has, if any. Its program must be there at startup; it runs for every connection.
+    fn password_command(
+        &self,
+        key: &'static str,
+        env: &HashMap<String, String>,
+    ) -> Result<Option<PasswordCommand>, ConfigError> {
+        let words = self.words(key)?;
+        let path = env.get("PATH").map(String::as_str);
+        match words.first().and_then(|program| command::missing(program, path)) {
+            Some(why) => refuse(self.place(key), why, "install it, or correct its path or its permissions"),
+            None => Ok(PasswordCommand::new(key, &words)),
+        }
     }
 
     /// Returns the file that a setting names, if any. It must be usable at startup, and is read again for every
@@ -1203,6 +1302,7 @@ fn form(kind: Kind) -> &'static str {
     match kind {
         Kind::Text | Kind::PostgresUrl | Kind::RedisUrl => "write a string, in quotes",
         Kind::Names => "write a list, such as [\"cache.example\"]",
+        Kind::Command => "write a list of strings, such as [\"/usr/bin/print-token\", \"--user\", \"prefetchd\"]",
         Kind::Flag => "write true or false",
         Kind::Count => "write a whole number, such as 10000",
         Kind::Size => "write a size, such as \"64MB\"",

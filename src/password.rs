@@ -1,14 +1,18 @@
 //! Where a password comes from. It is read for every new connection, so that a changed password is used at once.
 //!
-//! Knows files and text; opens no connection. A mistake here keeps the daemon from logging in after a rotation, or
+//! Knows files, programs and text; opens no connection. A mistake here keeps the daemon from logging in after a rotation, or
 //! writes a secret to a log. Neither `Debug` nor any error shows a password.
 
+pub mod command;
+
+use command::PasswordCommand;
 use std::fmt;
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-/// The source of a password, which [`Password::read`] resolves at login.
+/// The source of a password, which [`Password::read_for_login`] resolves.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Password {
     /// No source is configured.
@@ -19,6 +23,8 @@ pub enum Password {
     File(PathBuf),
     /// A line of a password file in libpq's format.
     PgPass(PgPass),
+    /// What a program prints.
+    Command(PasswordCommand),
 }
 
 /// A password file in libpq's format, and the entry to look up in it.
@@ -32,45 +38,34 @@ pub struct PgPass {
 
 /// Why a configured password cannot be used. Shows nothing of what was read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{}", self.text())]
+#[error("{thing} {fact}: {remedy}")]
 pub struct PasswordError {
-    pub path: PathBuf,
+    /// The file, or the setting and its program.
+    pub thing: String,
     pub fact: String,
     pub remedy: &'static str,
 }
 
 impl PasswordError {
     fn new(path: &Path, fact: impl Into<String>, remedy: &'static str) -> Self {
-        PasswordError { path: path.to_owned(), fact: fact.into(), remedy }
-    }
-
-    fn text(&self) -> String {
-        format!("password file {} {}: {}", self.path.display(), self.fact, self.remedy)
+        PasswordError { thing: format!("password file {}", path.display()), fact: fact.into(), remedy }
     }
 }
 
 impl Password {
+    /// Returns the password for a new connection.
+    ///
     /// # Errors
-    /// If a configured file cannot be used.
-    pub fn read(&self) -> Result<Option<String>, PasswordError> {
+    /// If a configured file cannot be used, or a command prints no password.
+    pub async fn read_for_login(&self) -> Result<Option<String>, PasswordError> {
         match self {
             Password::None => Ok(None),
             Password::Literal(password) => Ok(Some(password.clone())),
-            Password::File(path) => secret_in(path).map(Some),
-            Password::PgPass(pgpass) => pgpass.read().map(|found| found.ok()),
-        }
-    }
-
-    /// As [`Self::read`], for a login: a file may lie on a network, and must not hold up the thread of other connections.
-    ///
-    /// # Errors
-    /// As [`Self::read`].
-    pub async fn read_for_login(&self) -> Result<Option<String>, PasswordError> {
-        match self {
-            Password::None | Password::Literal(_) => self.read(),
+            Password::Command(command) => command.read().await.map(Some),
+            // It may lie on a network, and must not hold up the thread of other connections.
             Password::File(_) | Password::PgPass(_) => {
                 let password = self.clone();
-                let read = tokio::task::spawn_blocking(move || password.read()).await;
+                let read = tokio::task::spawn_blocking(move || password.in_a_file()).await;
                 read.unwrap_or_else(|failed| match failed.try_into_panic() {
                     Ok(panic) => std::panic::resume_unwind(panic),
                     // Only at the end of the runtime, of which the login is a part.
@@ -80,9 +75,39 @@ impl Password {
         }
     }
 
+    /// As [`Self::read_for_login`], for connections that are made all the time: no command runs again within `age`.
+    ///
+    /// # Errors
+    /// As [`Self::read_for_login`].
+    pub async fn read_again_after(&self, age: Duration) -> Result<Option<String>, PasswordError> {
+        match self {
+            Password::Command(command) => command.read_again_after(age).await.map(Some),
+            Password::None | Password::Literal(_) | Password::File(_) | Password::PgPass(_) => {
+                self.read_for_login().await
+            }
+        }
+    }
+
+    /// Returns what a file says, or what is known without reading anything.
+    fn in_a_file(&self) -> Result<Option<String>, PasswordError> {
+        match self {
+            Password::None => Ok(None),
+            Password::Literal(password) => Ok(Some(password.clone())),
+            Password::File(path) => secret_in(path).map(Some),
+            Password::PgPass(pgpass) => pgpass.read().map(|found| found.ok()),
+            Password::Command(command) => Ok(command.last()),
+        }
+    }
+
     /// Returns the password to remove from whatever a server repeats; `None` if there is none, or if it cannot be read.
     pub fn to_hide(&self) -> Option<String> {
-        self.read().ok().flatten()
+        self.in_a_file().ok().flatten()
+    }
+}
+
+impl From<Option<String>> for Password {
+    fn from(password: Option<String>) -> Self {
+        password.map_or(Password::None, Password::Literal)
     }
 }
 
@@ -92,6 +117,7 @@ impl fmt::Debug for Password {
             Password::None => f.write_str("none"),
             Password::Literal(_) => f.write_str("***"),
             Password::File(path) | Password::PgPass(PgPass { file: path, .. }) => write!(f, "in {}", path.display()),
+            Password::Command(command) => write!(f, "printed by {command}"),
         }
     }
 }
@@ -227,22 +253,22 @@ mod tests {
         assert_eq!(shared("token file", Path::new("/nonexistent")), None);
     }
 
-    #[test]
-    fn a_file_is_read_each_time_and_shown_never() {
+    #[tokio::test]
+    async fn a_file_is_read_each_time_and_shown_never() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let password = Password::File(file.path().to_owned());
         for content in ["hunter1\n", "hunter2\r\n"] {
             std::fs::write(&file, content).unwrap();
-            assert_eq!(password.read(), Ok(Some(content.trim_end().to_owned())));
+            assert_eq!(password.read_for_login().await, Ok(Some(content.trim_end().to_owned())));
         }
         for content in [&b""[..], b"\n", b"hunter2\xff", b"hunter2\0"] {
             std::fs::write(&file, content).unwrap();
-            let error = password.read().unwrap_err();
+            let error = password.read_for_login().await.unwrap_err();
             assert!(!format!("{error} {error:?} {password:?}").contains("hunter"), "{error}");
         }
         let path = file.path().display().to_string();
         drop(file);
-        let error = password.read().unwrap_err().to_string();
+        let error = password.read_for_login().await.unwrap_err().to_string();
         assert!(error.contains(&path) && error.contains("cannot be read"), "{error}");
         assert_eq!(format!("{:?}", Password::Literal("hunter2".to_owned())), "***");
     }

@@ -170,3 +170,31 @@ async fn a_locked_table_keeps_no_other_from_being_loaded() {
     }
     assert_eq!(daemon.stop().await, Some(0));
 }
+
+/// About 5 MB, as COPY sends them.
+const BULK: &str = "INSERT INTO categories (id, name)
+     SELECT n, string_agg(md5(n::text || m), '') FROM generate_series(1, 1000) n, generate_series(1, 150) m GROUP BY n";
+
+#[tokio::test]
+async fn a_load_rate_holds_for_loads_and_verifications_and_not_for_the_stream() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    postgres.execute(BULK).await;
+    let least = Duration::from_secs_f64(1_000.0 * 150.0 * 32.0 / 500_000.0 * 0.7);
+    let began = Instant::now();
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).text("cache.load_rate", "500kB")).await;
+    daemon.status_when("loading", |status| status["tables"][0]["loading"]["rows"].as_u64() > Some(0)).await;
+    let lsn = postgres.execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await;
+    daemon.applied(lsn).await;
+    assert_eq!(redis.hash("cache:category:cat-001").await["name"], "Drinks");
+    let status = daemon.status().await;
+    assert_eq!((&status["state"], &status["load_rate"]), (&json!("loading"), &json!({"bytes_a_second": 500_000})));
+    daemon.ready().await;
+    assert!(began.elapsed() >= least, "{:?} of {least:?}", began.elapsed());
+    assert_eq!(redis.keys("cache:category:*").await.len(), 1_005);
+
+    let began = Instant::now();
+    let answer = daemon.operate("verify", &json!({})).await;
+    assert!(answer.status == 200 && answer.json()["rows"] == 1_005, "{answer:?}");
+    assert!(began.elapsed() >= least, "{:?} of {least:?}", began.elapsed());
+    assert_eq!(daemon.stop().await, Some(0));
+}

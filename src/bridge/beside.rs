@@ -82,6 +82,7 @@ impl Beside {
             known: ctx.known.clone(),
             reader: ctx.reader.clone(),
             floors: floors.clone(),
+            rate: ctx.load_rate.clone(),
             pieces: ctx.config.lanes().map_or_else(Pieces::of_one_transaction, |_| Pieces::of_hash_slots()),
         };
         tasks.spawn(load::run(means, session.limits, session.retired, orders_taken, chunks));

@@ -5,6 +5,7 @@
 use super::BridgeError;
 use super::capacity::Learned;
 use super::load::KnownTables;
+use super::load_rate::LoadRate;
 use super::room::size;
 use crate::admin::{Answer, Refusal};
 use crate::config::{Config, Create};
@@ -52,6 +53,7 @@ pub struct Context {
     pub epoch: AtomicU64,
     pub lags: Mutex<LagWindow>,
     pub known: KnownTables,
+    pub load_rate: LoadRate,
     status: watch::Sender<Arc<Status>>,
     walsender_pid: AtomicI32,
     pub said: Arc<Said>,
@@ -119,7 +121,8 @@ impl Context {
         let specs: Arc<[TableSpec]> = config.tables.clone().into();
         let only = if config.lanes().is_none() { config.redis.target.home() } else { None };
         let keys = config.redis.target.nodes().map(|nodes| Keys { nodes: nodes.clone(), only });
-        let (status, seen) = watch::channel(Arc::new(Status { keys, ..Status::starting(&specs) }));
+        let (status, seen) =
+            watch::channel(Arc::new(Status { keys, load_rate: config.cache.load_rate, ..Status::starting(&specs) }));
         let own = own_keys(&config);
         let ctx = Context {
             timing: Timing::of_this_build(),
@@ -135,6 +138,7 @@ impl Context {
             epoch: AtomicU64::new(0),
             lags: Mutex::new(LagWindow::default()),
             known: KnownTables::default(),
+            load_rate: LoadRate::new(config.cache.load_rate, Instant::now()),
             walsender_pid: AtomicI32::new(0),
             said: Arc::default(),
             slot_warned: AtomicBool::new(false),

@@ -4,6 +4,7 @@
 //! The loader decides what is read and when, and what follows from an answer. Nothing here writes to Redis.
 
 use super::connections::Connections;
+use super::load_rate::LoadRate;
 use super::{BridgeError, lookup_columns, walk};
 use crate::change::{Nonce, Row};
 use crate::checkpoint::Blocked;
@@ -83,6 +84,7 @@ pub struct Means {
     pub reader: AnyReader,
     pub floors: Floors,
     pub pieces: Pieces,
+    pub rate: LoadRate,
 }
 
 /// The OIDs of the tables that were found under their names in this run of the daemon. A table that has been renamed
@@ -147,7 +149,11 @@ pub async fn run(
             }
             () = sleep_until(wakes_at.unwrap_or_else(Instant::now).into()), if wakes_at.is_some() => Heard::Woke,
         };
-        todo = loader.hears(heard, Instant::now());
+        let now = Instant::now();
+        if let Some(until) = means.rate.rests_until(now) {
+            loader.rests_until(until);
+        }
+        todo = loader.hears(heard, now);
     }
 }
 
@@ -228,10 +234,12 @@ impl Means {
             }
             Err(error) => return Err(error),
         };
+        let before = client.received();
         let got = match parts {
             [one] => self.read_alone(&client, one).await.map(|got| vec![got]),
             several => self.read_together(&client, several).await,
         };
+        self.rate.spend(client.received() - before, Instant::now());
         // The state of a lost connection is unknown, so it is not returned to the pool.
         if got.as_ref().err().is_none_or(SourceError::is_about_the_query) {
             self.connections.give_back(client);
@@ -262,12 +270,35 @@ impl Means {
         let spec = self.spec(*table);
         let brought = match task {
             Task::Range(range) => {
-                return read_range(client, described, spec, range, *encoding, self.pieces.part, floor).await;
+                return self.read_range(client, described, spec, range, *encoding, floor).await;
             }
             Task::Orphans(keys) => read_existing(client, described, &spec.key, keys, floor).await?,
             Task::Keys(keys) => read_keys(client, described, spec, keys, *encoding, floor).await?,
         };
         Ok(Got::Brought(Box::new(brought)))
+    }
+
+    async fn read_range(
+        &self,
+        client: &PostgresClient,
+        shape: &Shape,
+        spec: &TableSpec,
+        range: &Range,
+        encoding: Encoding,
+        floor: Floor,
+    ) -> Result<Got, SourceError> {
+        let mut rows = Encoder::new(spec, &shape.mapping, encoding, self.pieces.part);
+        let most = self.rate.bytes_a_chunk(BYTES_A_CHUNK);
+        let mut range = range.clone();
+        // If the chunk holds less than the range, the server should not send rows that are then thrown away.
+        if most < BYTES_A_CHUNK && range.at_most_rows.is_none() {
+            range.at_most_rows = shape.catalog.estimated.rows_in(most);
+        }
+        let part = Part { table: &shape.catalog, range: &range };
+        match snapshot::read_range(client, part, most, |row| rows.push(&row)).await? {
+            ReadRange::Rows(read) => Ok(Got::Brought(Box::new(rows.brought(read, mark(client).await?, floor)?))),
+            ReadRange::Gone => Ok(Got::Gone),
+        }
     }
 
     /// Reads ranges of several tables. What did not fit beside the others is read alone.
@@ -284,7 +315,7 @@ impl Means {
             encoders.push((encoder, self.floors.open()));
         }
         let on_row = |place: usize, row: Row| encoders[place].0.push(&row);
-        let read = snapshot::read_ranges(client, &parts, BYTES_A_CHUNK, on_row).await?;
+        let read = snapshot::read_ranges(client, &parts, self.rate.bytes_a_chunk(BYTES_A_CHUNK), on_row).await?;
         let mut nonces = marks(client, read.len()).await?.into_iter();
         let mut read = read.into_iter();
         let mut got = Vec::with_capacity(several.len());
@@ -419,23 +450,6 @@ async fn missing(client: &PostgresClient, spec: &TableSpec, oid: Option<Oid>) ->
     })
 }
 
-async fn read_range(
-    client: &PostgresClient,
-    shape: &Shape,
-    spec: &TableSpec,
-    range: &Range,
-    encoding: Encoding,
-    size: PartSize,
-    floor: Floor,
-) -> Result<Got, SourceError> {
-    let mut rows = Encoder::new(spec, &shape.mapping, encoding, size);
-    let part = Part { table: &shape.catalog, range };
-    match snapshot::read_range(client, part, BYTES_A_CHUNK, |row| rows.push(&row)).await? {
-        ReadRange::Rows(read) => Ok(Got::Brought(Box::new(rows.brought(read, mark(client).await?, floor)?))),
-        ReadRange::Gone => Ok(Got::Gone),
-    }
-}
-
 async fn read_keys(
     client: &PostgresClient,
     shape: &Shape,
@@ -449,14 +463,13 @@ async fn read_keys(
     // Rows that do not fit into the same batch are left for another read.
     let mut unread: HashSet<Key> = HashSet::new();
     let values: Vec<Vec<Bytes>> = keys.iter().filter_map(|k| key::decode(template, k)).collect();
-    let snapshot =
-        snapshot::read_keys(&client.client, &shape.catalog, &template.columns, &values, Wanted::WholeRows, |row| {
-            if rows.fits(&row) {
-                return rows.push(&row);
-            }
-            unread.extend(shape.mapping.key.encode(&row));
-        })
-        .await?;
+    let snapshot = snapshot::read_keys(client, &shape.catalog, &template.columns, &values, Wanted::WholeRows, |row| {
+        if rows.fits(&row) {
+            return rows.push(&row);
+        }
+        unread.extend(shape.mapping.key.encode(&row));
+    })
+    .await?;
     let nonce = mark(client).await?;
     let Encoded { mut parts, unwritable, keyless } = rows.finish();
     let (unread, asked) = keys.iter().cloned().partition(|key| unread.contains(key));
@@ -475,11 +488,10 @@ async fn read_existing(
 ) -> Result<Brought, SourceError> {
     let values: Vec<Vec<Bytes>> = keys.iter().filter_map(|k| key::decode(template, k)).collect();
     let mut exist = HashSet::with_capacity(values.len());
-    let snapshot =
-        snapshot::read_keys(&client.client, &shape.catalog, &template.columns, &values, Wanted::KeysOnly, |row| {
-            exist.insert(shape.mapping.key.encode_key_row(&row));
-        })
-        .await?;
+    let snapshot = snapshot::read_keys(client, &shape.catalog, &template.columns, &values, Wanted::KeysOnly, |row| {
+        exist.insert(shape.mapping.key.encode_key_row(&row));
+    })
+    .await?;
     let nonce = mark(client).await?;
     let content = Content::Orphans { asked: keys.to_vec(), exist };
     let (unwritable, keyless) = (Vec::new(), Vec::new());

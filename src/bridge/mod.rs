@@ -18,6 +18,7 @@ pub mod context;
 pub mod durable;
 pub mod evictions;
 pub mod load;
+mod load_rate;
 pub mod lookup_columns;
 mod observers;
 mod prerequisites;

@@ -132,6 +132,8 @@ fn figures(status: Shown<'_>) -> String {
     let (at, rounded) = (|path: &str| status.at(path), |path: &str| status.rounded(path));
     let kept = status.bytes("/slot/retained_bytes").unwrap_or("-".to_owned());
     let limit = status.bytes("/slot/limit_bytes").map_or("without limit".to_owned(), |bytes| format!("of {bytes}"));
+    let rate = status.bytes("/load_rate/bytes_a_second");
+    let rate = rate.map_or(String::new(), |rate| format!(" at up to {rate} a second"));
     let lines = [
         String::new(),
         format!(
@@ -160,7 +162,7 @@ fn figures(status: Shown<'_>) -> String {
             at("/sync_lag_ms/count")
         ),
         format!("reads      {} hits, {} misses, hit rate {} %", at("/hits"), at("/misses"), rounded("/hit_rate_pct")),
-        format!("postgres   {} tables read, {} dead letters", at("/primary_reads"), at("/dead_letters")),
+        format!("postgres   {} tables read{rate}, {} dead letters", at("/primary_reads"), at("/dead_letters")),
     ];
     lines.join("\n") + "\n"
 }
@@ -274,7 +276,8 @@ mod tests {
         let status = json!({
             "version": "0.1.0", "state": "streaming", "waiting_for": null, "paused": false, "uptime_seconds": 72.3,
             "source": {"system_id": "7", "timeline": 1, "database": "shop", "slot": "s", "publication": "p"},
-            "lag": {"bytes": 0, "seconds": 0.0}, "hits": 10,
+            "lag": {"bytes": 0, "seconds": 0.0}, "hits": 10, "primary_reads": 2,
+            "load_rate": {"bytes_a_second": 20_000_000},
             "operation": "verify", "slot": {"retained_bytes": 1_500_000, "limit_bytes": 2_000_000_000},
             "last_verify": {"at": "2026-01-31T12:34:56.789Z", "rows": 5, "missing": 1},
             "tables": [{"name": "categories", "table": "public.categories", "loaded": true, "prefetched": 5},
@@ -294,6 +297,7 @@ mod tests {
             "verified   2026-01-31T12:34:56.789Z: 5 rows, 1 missing, -",
             "loading 3 of 9",
             "  table x is loading",
+            "postgres   2 tables read at up to 20.0 MB a second, - dead letters",
             "shop (system 7",
             "categories  public.categories  loaded",
             "127.0.0.1:7001        5461  12     0        0/1A  0 B     1.5 MB  no limit  0        0.2 s ago",

@@ -61,7 +61,7 @@ mod tests {
         env.insert("PGPASSFILE".to_owned(), file.display().to_string());
         let mut warnings = Vec::new();
         let target = PostgresTarget::parse(url, &HashMap::new()).unwrap();
-        (password(&target, &env, &mut warnings).and_then(|password| password.read()), warnings)
+        (password(&target, &env, &mut warnings).map(|password| password.to_hide()), warnings)
     }
 
     #[test]

@@ -22,6 +22,10 @@ pub(super) fn toml(merged: &Merged, tables: &[TableSpec]) -> Result<String, Conf
             Kind::PostgresUrl => quoted(&mask_postgres(&text)),
             Kind::RedisUrl => quoted(&mask_redis(&text)),
             Kind::Flag | Kind::Count => text,
+            Kind::Command => {
+                let words: Vec<String> = merged.words(key)?.iter().map(|word| quoted(word)).collect();
+                format!("[{}]", words.join(", "))
+            }
             Kind::Names => {
                 let names: Vec<String> = text.split(',').filter(|name| !name.is_empty()).map(quoted).collect();
                 format!("[{}]", names.join(", "))
@@ -90,7 +94,7 @@ fn mask_parts(rest: &str, at: Option<usize>) -> String {
         out.push(if i == 0 { '?' } else { '&' });
         let (name, _) = pair.split_once('=').unwrap_or((pair, ""));
         let decoded = percent_encoding::percent_decode_str(name).decode_utf8_lossy();
-        if matches!(&*decoded, "password" | "pass" | "sslpassword") {
+        if matches!(&*decoded, "password" | "pass" | "sslpassword" | "sentinel_password") {
             let _ = write!(out, "{name}={MASK}");
         } else {
             out.push_str(pair);
@@ -147,6 +151,7 @@ mod tests {
             ("redis://u:se@cret@h/0", "redis://u:***@h/0"),
             ("unix:///s?db=1&pass=secret", "unix:///s?db=1&pass=***"),
             ("unix:///s@t?password=secret", "unix:///s@t?password=***"),
+            ("redis+sentinel://h/m?sentinel_password=secret", "redis+sentinel://h/m?sentinel_password=***"),
         ] {
             assert_eq!(mask_redis(url), shown, "{url}");
         }

@@ -73,6 +73,10 @@ fn the_commented_file_holds_every_key_with_its_default() {
         let written = values[section].clone().into_table().expect("a table").remove(name);
         let written = written.unwrap_or_else(|| panic!("{key} is missing"));
         let written = match kind {
+            Kind::Command => {
+                let words = written.into_array().expect("a list").into_iter().map(|word| word.to_string());
+                serde_json::to_string(&words.collect::<Vec<_>>()).expect("JSON")
+            }
             Kind::Names => written.into_array().expect("a list").into_iter().map(|name| name.to_string()).collect(),
             _ => written.into_string().expect("a scalar"),
         };
@@ -371,11 +375,11 @@ fn file(content: &[u8]) -> tempfile::NamedTempFile {
 }
 
 fn password(config: &Config) -> Option<String> {
-    config.postgres.target.password.read().expect("readable")
+    config.postgres.target.password.to_hide()
 }
 
 fn redis_password(target: &RedisTarget) -> Option<String> {
-    target.password.read().expect("readable")
+    target.password.to_hide()
 }
 
 #[test]
@@ -397,6 +401,94 @@ fn passwords_come_from_file_then_url_then_variable() {
     let redis = [("PREFETCHD__REDIS__URL", "redis://u:url@h"), ("PREFETCHD__REDIS__PASSWORD_FILE", &path)];
     let target = parse(TABLE, &redis).expect("good").redis.target;
     assert_eq!((target.user.as_deref(), redis_password(&target).as_deref()), (Some("u"), Some("00123")));
+}
+
+#[test]
+fn a_password_command_is_a_list_of_words_that_are_taken_as_they_are() {
+    let words = r#"["sh", "-c", "printf %s \"$0\" | tr a b; ", "a, b", ""]"#;
+    let shown = r#"password_command = ["sh", "-c", "printf %s \"$0\" | tr a b; ", "a, b", ""]"#;
+    let in_file = with(&format!("[postgres]\npassword_command = {words}")).expect("good");
+    let in_variable = parse(TABLE, &[("PREFETCHD__POSTGRES__PASSWORD_COMMAND", words)]).expect("good");
+    for config in [&in_file, &in_variable] {
+        assert!(config.to_toml().contains(shown), "{}", config.to_toml());
+        let again = parse(config.to_toml(), &[]).expect("what it printed");
+        assert!(again.postgres.target.password == config.postgres.target.password);
+        assert_eq!(format!("{:?}", config.postgres.target.password), "printed by sh");
+    }
+    let redis = with(
+        "[redis]\nurl = \"redis+sentinel://u@h/m\"\npassword_command = [\"/bin/echo\", \"one\"]\n\
+                      sentinel_password_command = [\"/bin/echo\", \"two\"]",
+    );
+    let target = redis.expect("good").redis.target;
+    let Address::Sentinel(sentinels) = &target.address else { panic!("no sentinels") };
+    assert_eq!(format!("{:?} {:?}", target.password, sentinels.password), "printed by /bin/echo printed by /bin/echo");
+    assert!(target.password != sentinels.password);
+    // As for a file, the variables of psql stand behind it.
+    let variables = [("PREFETCHD__POSTGRES__PASSWORD_COMMAND", words), ("PGPASSWORD", "variable")];
+    assert_eq!(password(&parse(TABLE, &variables).expect("good")), None);
+    for none in ["", "[]"] {
+        let config = parse(TABLE, &[("PREFETCHD__REDIS__PASSWORD_COMMAND", none)]).expect("good");
+        assert!(config.redis.target.password == Password::None);
+    }
+}
+
+#[test]
+fn a_password_command_that_cannot_be_run_or_stands_beside_a_password_is_refused() {
+    let secret = file(b"hunter2");
+    let path = secret.path().display();
+    for (text, parts) in [
+        (
+            "[postgres]\npassword_command = \"sh\"",
+            &["postgres.password_command in f.toml", "not a list", "[\"/usr/"][..],
+        ),
+        ("[postgres]\npassword_command = [1]", &["strings only"]),
+        ("[postgres]\npassword_command = [\"\", \"x\"]", &["no name"]),
+        ("[postgres]\npassword_command = [\"sh\", \"\\u0000\"]", &["NUL"]),
+        ("[postgres]\npassword_command = [\"no-such-program\"]", &["no-such-program", "PATH", "install it"]),
+        (
+            "[redis]\npassword_command = [\"/no/such\"]",
+            &["redis.password_command in f.toml", "/no/such", "No such file"],
+        ),
+        ("[redis]\npassword_command = [\"/etc\"]", &["not a file"]),
+        (&format!("[redis]\npassword_command = [\"{path}\"]"), &["not executable"]),
+        (
+            &format!("[postgres]\npassword_command = [\"sh\"]\npassword_file = \"{path}\""),
+            &["postgres.password_command", "in postgres.password_file, too", "remove one"],
+        ),
+        (
+            "[postgres]\npassword_command = [\"sh\"]\nurl = \"postgres://u:hunter2@h/d\"",
+            &["postgres.password_command", "in postgres.url, too", "remove one"],
+        ),
+        (
+            "[redis]\npassword_command = [\"sh\"]\nurl = \"redis://:hunter2@h\"",
+            &["redis.password_command", "in redis.url, too", "remove one"],
+        ),
+        ("[redis]\nsentinel_password_command = [\"sh\"]", &["redis.sentinel_password_command", "no Sentinels"]),
+        (
+            "[redis]\nsentinel_password_command = [\"sh\"]\nurl = \"redis+sentinel://h/m?sentinel_password=hunter2\"",
+            &["redis.sentinel_password_command", "sentinel_password, too", "remove one"],
+        ),
+    ] {
+        refused(with(text), parts);
+        assert!(!with(text).unwrap_err().to_string().contains("hunter2"), "{text}");
+    }
+    let variable = ("PREFETCHD__REDIS__PASSWORD_COMMAND", "print-token --user x");
+    refused(parse(TABLE, &[variable]), &["PREFETCHD__REDIS__PASSWORD_COMMAND", "not a list", "[\"/usr/"]);
+}
+
+#[test]
+fn a_load_rate_is_a_size_a_second() {
+    let rate = |text: &str| with(&format!("[cache]\nload_rate = {text}"));
+    let read = |text: &str| rate(text).expect("good").cache.load_rate.map(NonZeroU64::get);
+    assert_eq!(
+        [read("\"20MB\""), read("\"64KiB\""), read("10000"), read("\"\"")],
+        [Some(20_000_000), Some(65_536), Some(10_000), None]
+    );
+    for text in ["0", "\"0\"", "\"9kB\"", "\"20MB/s\"", "\"fast\"", "\"-1MB\"", "-1", "true"] {
+        refused(rate(text), &["cache.load_rate in f.toml"]);
+    }
+    refused(rate("\"0\""), &["10kB", "\"\" for no limit"]);
+    refused(rate("\"20MB/s\""), &["not a size", "20MB"]);
 }
 
 #[test]

@@ -82,7 +82,7 @@ pub struct Sentinels {
     pub at: Vec<HostPort>,
     pub master: String,
     pub user: Option<String>,
-    pub password: Option<String>,
+    pub password: Password,
 }
 
 #[derive(Clone, PartialEq, Eq)]
@@ -181,7 +181,7 @@ impl RedisTarget {
     }
 
     pub fn sends_password_in_clear(&self) -> bool {
-        let sentinel = matches!(&self.address, Address::Sentinel(Sentinels { password: Some(_), .. }));
+        let sentinel = matches!(&self.address, Address::Sentinel(at) if at.password != Password::None);
         self.tls.is_none() && self.is_elsewhere() && (sentinel || self.password != Password::None)
     }
 
@@ -249,7 +249,7 @@ impl RedisTarget {
             at,
             master: decoded(master)?,
             user: query.sentinel_user.take(),
-            password: query.sentinel_password.take(),
+            password: query.sentinel_password.take().into(),
         };
         Ok(RedisTarget {
             address: Address::Sentinel(sentinels),
@@ -349,6 +349,22 @@ impl RedisTarget {
     /// One node of a cluster, with the same login.
     pub(super) fn at(&self, node: &HostPort) -> Self {
         RedisTarget { address: Address::Tcp(node.clone()), ..self.clone() }
+    }
+
+    /// The same with the passwords read, for the connections of one moment, whose time limits do not cover a command that
+    /// prints a password.
+    pub(super) async fn with_password(&self) -> Result<Self, SinkError> {
+        let mut target = self.clone();
+        target.password = self.password.read_for_login().await?.into();
+        if let Address::Sentinel(sentinels) = &mut target.address {
+            sentinels.password = sentinels.password.read_for_login().await?.into();
+        }
+        Ok(target)
+    }
+
+    /// As [`Self::with_password`], but one that a command has printed within `age` will do.
+    pub(super) async fn with_password_of(&self, age: Duration) -> Result<Self, SinkError> {
+        Ok(RedisTarget { password: self.password.read_again_after(age).await?.into(), ..self.clone() })
     }
 
     /// Returns the arguments of AUTH, with the password read again. A user without a password is one that the server
@@ -697,8 +713,10 @@ pub(super) async fn open_at(target: &RedisTarget, at: &HostPort) -> Result<Strea
 /// <https://redis.io/docs/latest/develop/reference/sentinel-clients/>
 async fn master_of(sentinels: &Sentinels, target: &RedisTarget) -> Result<HostPort, SinkError> {
     let mut said: Vec<String> = Vec::new();
+    // For all of them, because each has little time.
+    let password = sentinels.password.read_for_login().await?;
     for at in &sentinels.at {
-        match timeout(SENTINEL_TIMEOUT, ask_sentinel(at, sentinels, target)).await {
+        match timeout(SENTINEL_TIMEOUT, ask_sentinel(at, sentinels, password.as_deref(), target)).await {
             Ok(Ok(Some(master))) => return Ok(master),
             Ok(Ok(None)) => said.push(format!("{at} knows no master {:?}", sentinels.master)),
             Ok(Err(why)) => said.push(format!("{at}: {why}")),
@@ -708,9 +726,13 @@ async fn master_of(sentinels: &Sentinels, target: &RedisTarget) -> Result<HostPo
     Err(SinkError::NoMaster { master: sentinels.master.clone(), said: said.join("; ") })
 }
 
-async fn ask_sentinel(at: &HostPort, sentinels: &Sentinels, target: &RedisTarget) -> Result<Option<HostPort>, String> {
+async fn ask_sentinel(
+    at: &HostPort,
+    sentinels: &Sentinels,
+    password: Option<&str>,
+    target: &RedisTarget,
+) -> Result<Option<HostPort>, String> {
     let stream = open_at(target, at).await.map_err(|error| error.to_string())?;
-    let password = sentinels.password.as_deref();
     let credentials = match (&sentinels.user, password) {
         (None, None) => None,
         (user, password) => Some((user.as_deref(), password.unwrap_or_default().to_owned())),
@@ -872,7 +894,7 @@ mod tests {
         let Address::Sentinel(sentinels) = &target.address else { panic!("not sentinels") };
         let at: Vec<String> = sentinels.at.iter().map(HostPort::to_string).collect();
         assert_eq!((at.join(" "), sentinels.master.as_str()), ("a:26379 b:2 [::1]:3".to_owned(), "my master"));
-        assert_eq!(sentinels.password.as_deref(), Some("s"));
+        assert!(sentinels.password == Password::Literal("s".to_owned()));
         assert_eq!((target.user.as_deref(), target.db), (Some("u"), 4));
         assert!(target.password == Password::Literal("p:".to_owned()));
         assert_eq!((read("redis+sentinel://a/m").db, target.tls), (0, None));

@@ -141,8 +141,10 @@ struct Scan {
 impl LaneWriter {
     /// Connects to every master and reads the record and all marks, within [`CONNECT_TIMEOUT`].
     pub async fn connect(target: &RedisTarget, own: &OwnKeys, slot: &str) -> Result<(LaneWriter, Armed), SinkError> {
-        match timeout(CONNECT_TIMEOUT, Self::connect_unbounded(target, own, slot)).await {
-            Ok(done) => done,
+        let with_password = target.with_password().await?;
+        match timeout(CONNECT_TIMEOUT, Self::connect_unbounded(&with_password, own, slot)).await {
+            // Masters that it connects to later get a password of their own.
+            Ok(done) => done.map(|(writer, armed)| (LaneWriter { target: target.clone(), ..writer }, armed)),
             Err(_) => {
                 let silent = target.nodes().map(Nodes::silent).unwrap_or_default();
                 let redis = if silent.is_empty() { target.to_string() } else { silent.join(", ") };
@@ -608,8 +610,8 @@ impl Masters for LaneWriter {
             let master = match at {
                 Some(at) => Master { node: node.clone(), ..known.swap_remove(at) },
                 None => {
-                    let (moved, nodes) = (self.moved.clone(), self.nodes.clone());
-                    let (mut master, _) = Master::connect(node.clone(), &self.target, &self.slot, moved, nodes).await?;
+                    let (moved, nodes, target) = (self.moved.clone(), self.nodes.clone(), &self.target);
+                    let (mut master, _) = Master::connect(node.clone(), target, &self.slot, moved, nodes).await?;
                     master.load_script().await?;
                     master
                 }

@@ -250,7 +250,7 @@ impl Request {
     fn remedy(&self, reply: &ErrorReply) -> &'static str {
         match (self.command.as_str(), reply.class()) {
             ("AUTH", Class::Other) | (_, Class::Login) => {
-                "; check user and password in redis.url or redis.password_file"
+                "; check user and password in redis.url, redis.password_file or redis.password_command"
             }
             ("SELECT", Class::Other) => "; use a database that the server has, or 0, in redis.url",
             (_, Class::Away | Class::Elsewhere | Class::Other) => "",

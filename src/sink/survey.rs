@@ -214,9 +214,10 @@ impl Survey {
         target: &RedisTarget,
         opened: impl Future<Output = Result<Stream, SinkError>>,
     ) -> Result<Self, SinkError> {
+        let login = target.login().await?;
         let connected = async {
             let stream = opened.await?;
-            Connection::over(stream, target.login().await?, REPLY_BYTES).await.map_err(|error| error.at(target))
+            Connection::over(stream, login, REPLY_BYTES).await.map_err(|error| error.at(target))
         };
         let connection = timeout(CONNECT_TIMEOUT, connected).await.map_err(|_| silent(target))??;
         Ok(Survey { target: target.clone(), connection })

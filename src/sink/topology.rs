@@ -15,6 +15,7 @@ use super::{Class, Request, SinkError, error_reply, failed};
 use crate::error::Disposition;
 use crate::lanes::Lane;
 use crate::lanes::mark::Home;
+use crate::password::Password;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use redis::{Cmd, Pipeline, RedisError, Value};
@@ -25,6 +26,8 @@ use tokio::time::timeout;
 
 /// A node that does not answer within this time counts as dead.
 const NODE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Nodes are asked up to ten times a second, which is too often to run a password command each time.
+const PASSWORD_AGE: Duration = Duration::from_secs(10);
 
 /// The masters of a cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,6 +75,18 @@ impl Topology {
     /// # Errors
     /// If no node answers, or `redis.url` does not name a cluster.
     pub async fn discover(target: &RedisTarget) -> Result<Self, SinkError> {
+        match Self::discover_with(&target.with_password_of(PASSWORD_AGE).await?).await {
+            // The password may have changed since.
+            Err(SinkError::Refused { reply, .. })
+                if reply.class() == Class::Login && matches!(target.password, Password::Command(_)) =>
+            {
+                Self::discover_with(&target.with_password().await?).await
+            }
+            answer => answer,
+        }
+    }
+
+    async fn discover_with(target: &RedisTarget) -> Result<Self, SinkError> {
         let Address::Cluster(cluster) = &target.address else {
             return Err(SinkError::NotACluster { redis: target.to_string() });
         };

@@ -83,6 +83,7 @@ pub struct Executed {
 impl Writer {
     /// Connects and starts to watch the checkpoint, within [`CONNECT_TIMEOUT`].
     pub async fn connect(target: &RedisTarget, own: &OwnKeys) -> Result<(Writer, Armed), SinkError> {
+        let target = &target.with_password().await?;
         match timeout(CONNECT_TIMEOUT, Self::connect_unbounded(target, own)).await {
             Ok(done) => done.map_err(|error| error.of_a_cluster(target)),
             Err(_) => Err(SinkError::TimedOut { redis: target.to_string(), after: CONNECT_TIMEOUT }),

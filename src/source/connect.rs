@@ -11,6 +11,7 @@ use super::target::{PostgresTarget, SessionAttrs};
 use super::{Closed, ServerError, SourceError, chain, into_io};
 use crate::bounded::Bounded;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use tokio::task::JoinHandle;
@@ -29,6 +30,8 @@ pub struct PostgresClient {
     target: PostgresTarget,
     peer: Peer,
     task: JoinHandle<()>,
+    /// Bytes of COPY.
+    received: AtomicU64,
 }
 
 /// The outcome of a request to cancel a running statement.
@@ -56,6 +59,15 @@ impl PostgresClient {
         let answer = (0..=SESSION_OPTIONS.len()).map(|i| row.optional(i)).collect::<Result<Vec<_>, _>>()?;
         self.server_started = check_session(at, &answer)?;
         Ok(())
+    }
+
+    /// Returns how many bytes of rows the server has sent, those that were thrown away included.
+    pub fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn receives(&self, bytes: usize) {
+        self.received.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     pub fn endpoint(&self) -> Endpoint {
@@ -146,7 +158,8 @@ async fn open(
                 tracing::debug!(error = chain(&error), "connection to postgres ended");
             }
         });
-        let mut client = PostgresClient { client, server_started: String::new(), target: target.clone(), peer, task };
+        let (server_started, received, target) = (String::new(), AtomicU64::new(0), target.clone());
+        let mut client = PostgresClient { client, server_started, target, peer, task, received };
         client.prepare(&at, wanted).await?;
         Ok(client)
     };
@@ -165,7 +178,7 @@ pub(super) fn unsuited(at: &str, why: &'static str) -> SourceError {
 pub(super) type LoginRefusal = (&'static str, &'static str);
 /// A server that asks for a password when there is none reports no error, so there is no code.
 pub(super) const NO_PASSWORD: LoginRefusal =
-    ("asks for a password, and none is configured", "put it into postgres.url or postgres.password_file");
+    ("asks for a password, and none is configured", "set postgres.password_file or postgres.password_command");
 pub(super) const UNBOUND: LoginRefusal = (
     "does not bind the login to the TLS connection, which channel_binding=require asks for",
     "use TLS, and scram-sha-256 in pg_hba.conf for this role, or remove channel_binding=require",

@@ -315,7 +315,10 @@ impl ServerError {
 
     fn remedy(&self) -> Option<&'static str> {
         Some(match self.code.as_str() {
-            "28P01" => "check user and password, in postgres.reader_url or in postgres.url and postgres.password_file",
+            "28P01" => {
+                "check user and password, in postgres.reader_url or in postgres.url and postgres.password_file or \
+                 postgres.password_command"
+            }
             "28000" => {
                 "let this role in from here (pg_hba.conf, by the name of the database; LOGIN), or show the certificate \
                  that it wants (sslcert, sslkey)"
@@ -484,6 +487,6 @@ mod tests {
     fn details_of_bad_values_stay_out_of_messages() {
         assert_eq!(error("22P02").to_string(), "no (SQLSTATE 22P02)");
         assert_eq!(error("57P03").to_string(), "no (SQLSTATE 57P03); d");
-        assert!(error("28P01").to_string().ends_with("postgres.password_file"));
+        assert!(error("28P01").to_string().ends_with("postgres.password_command"));
     }
 }

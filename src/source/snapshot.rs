@@ -211,6 +211,7 @@ async fn read_rows(
         reached.span(&range.span, table, doing).map(|span| Some(Range { leaf: range.leaf, span, at_most_rows }))
     };
     while let Some(line) = copy.try_next().await.map_err(|e| SourceError::query(doing, e))? {
+        client.receives(line.len());
         let cells = reached.place(&line, doing)?;
         let mut row = RowBuilder::with_capacity(cells.len() + 5 * table.columns.len());
         parse_copy_line(cells, table.columns.len(), &mut row)
@@ -420,7 +421,10 @@ async fn stop(
     let (mut thrown_away, mut cancel) = (0, None);
     let ended = loop {
         match copy.try_next().await {
-            Ok(Some(line)) => thrown_away += line.len(),
+            Ok(Some(line)) => {
+                client.receives(line.len());
+                thrown_away += line.len();
+            }
             Ok(None) if thrown_away == 0 => break CopyEnd::AtOnce,
             Ok(None) => break CopyEnd::Early,
             Err(e) => {
@@ -449,7 +453,7 @@ async fn stop(
 /// does not exist. Rows arrive in no particular order, and a key's text may differ from the one that found it (`007`
 /// finds 7), so the caller must compare.
 pub async fn read_keys(
-    client: &Client,
+    client: &PostgresClient,
     table: &CatalogTable,
     key_columns: &[String],
     keys: &[Vec<Bytes>],
@@ -468,7 +472,7 @@ pub async fn read_keys(
 }
 
 async fn read_keys_in_transaction(
-    client: &Client,
+    client: &PostgresClient,
     doing: &str,
     table: &CatalogTable,
     key: &[&CatalogColumn],
@@ -503,7 +507,7 @@ async fn read_keys_in_transaction(
 
 /// Collects the rows, since a value may turn out to be invalid after some of them have arrived.
 async fn copy_keys(
-    client: &Client,
+    client: &PostgresClient,
     doing: &str,
     table: &CatalogTable,
     key: &[&CatalogColumn],
@@ -515,6 +519,7 @@ async fn copy_keys(
     let mut copy = pin!(copy);
     let mut rows = Vec::new();
     while let Some(line) = copy.try_next().await.map_err(|e| SourceError::query(doing, e))? {
+        client.receives(line.len());
         let line = line.strip_suffix(b"\n").unwrap_or(&line);
         let mut row = RowBuilder::with_capacity(line.len() + 5 * cells.len());
         parse_copy_line(line, cells.len(), &mut row).map_err(|e| SourceError::unexpected(doing, e.to_string()))?;

@@ -681,7 +681,7 @@ mod tests {
     fn literal(target: &PostgresTarget) -> Option<&str> {
         match &target.password {
             Password::Literal(password) => Some(password),
-            Password::None | Password::File(_) | Password::PgPass(_) => None,
+            Password::None | Password::File(_) | Password::PgPass(_) | Password::Command(_) => None,
         }
     }
 

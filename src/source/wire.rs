@@ -159,12 +159,14 @@ impl ReplicationConnection {
     /// Opens a session with `replication=database` and the settings of every other connection, with the first suitable
     /// server.
     pub async fn connect(target: &PostgresTarget, application_name: &str) -> Result<Self, SourceError> {
+        // Before the time limit of a login begins.
+        let password = &target.password.read_for_login().await?;
         let log_in = |socket: Socket, at, wanted| async move {
             let end_point = socket.end_point();
             let (reader, writer) = socket.split();
             let inbound = Inbound::default();
             let mut connection = Self { reader, writer, inbound, at, backend_pid: 0, server_started: String::new() };
-            let logged_in = connection.log_in(target, application_name, end_point).await;
+            let logged_in = connection.log_in(target, password.clone(), application_name, end_point).await;
             logged_in.map_err(|error| without_replication(error, &target.user))?;
             connection.prepare(wanted).await?;
             Ok(connection)
@@ -292,6 +294,7 @@ impl ReplicationConnection {
     async fn log_in(
         &mut self,
         target: &PostgresTarget,
+        password: Option<String>,
         application_name: &str,
         end_point: Option<Vec<u8>>,
     ) -> Result<(), SourceError> {
@@ -307,12 +310,8 @@ impl ReplicationConnection {
             ("options", &options),
         ];
         self.send(|out| frontend::startup_message(parameters, out), doing).await?;
-        let credentials = Credentials {
-            user: target.user.clone(),
-            password: target.password.read_for_login().await?,
-            channel_binding: target.channel_binding,
-            end_point,
-        };
+        let credentials =
+            Credentials { user: target.user.clone(), password, channel_binding: target.channel_binding, end_point };
         let mut login = Login::new(at.clone(), credentials);
         loop {
             let message = match self.frame(doing).await? {

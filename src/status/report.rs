@@ -48,6 +48,7 @@ impl Status {
                 count: self.sync_lag.count,
             },
             primary_reads: self.primary_reads,
+            load_rate: self.load_rate.map(|rate| LoadRateReport { bytes_a_second: rate.get() }),
             dead_letters: self.dead_letters(),
             dead_letter_keys: &self.dead_letter_keys,
             last_load: self.last_load.as_ref().map(load_report),
@@ -187,12 +188,21 @@ pub(crate) struct StatusReport<'a> {
     sync_lag_ms: SyncLagReport,
     /// Tables read from Postgres, one for each load or verify of a table. Never by a reader.
     primary_reads: u64,
+    /// Null if loads, verifications and refetches read as fast as they can.
+    load_rate: Option<LoadRateReport>,
     /// Rows that Postgres has and Redis cannot hold; of those without a key, all since the start.
     dead_letters: u64,
     /// At most 20 of them. A standby lists none.
     dead_letter_keys: &'a [DeadLetterSeen],
     last_load: Option<LoadReport<'a>>,
     last_verify: Option<VerifyReport>,
+}
+
+/// What loads, verifications and refetches may read from Postgres, all together: `cache.load_rate`.
+#[derive(Serialize, ToSchema)]
+#[schema(as = LoadRate)]
+struct LoadRateReport {
+    bytes_a_second: u64,
 }
 
 /// How it is, and what to do: the sentence that the page shows.
@@ -358,6 +368,7 @@ mod tests {
     use crate::lsn::EndLsn;
     use crate::status::state::tests::{LIMIT, after, ready};
     use crate::status::{Source, State};
+    use std::num::NonZeroU64;
 
     fn lsn(s: &str) -> EndLsn {
         EndLsn(s.parse().expect("a literal LSN"))
@@ -383,7 +394,7 @@ mod tests {
             r#""checked_at":null,"drift":0,"dead_letters":0,"more_dead_letters":false}],"#,
             r#""hits":0,"misses":0,"hit_rate_pct":null,"prefetched":0,"sync_events_applied":0,"#,
             r#""sync_lag_ms":{"avg":null,"p50":null,"p99":null,"count":0},"#,
-            r#""primary_reads":0,"dead_letters":0,"dead_letter_keys":[],"last_load":null,"last_verify":null}"#
+            r#""primary_reads":0,"load_rate":null,"dead_letters":0,"dead_letter_keys":[],"last_load":null,"last_verify":null}"#
         );
         assert_eq!(status.to_json(&[], now, LIMIT), expected);
     }
@@ -410,7 +421,7 @@ mod tests {
         });
         let now = after(now, Duration::from_millis(12_345));
         (status.slot_retained_bytes, status.slot_limit_bytes) = (Some(100), Some(200));
-        status.tables[0].rows = Some(4);
+        (status.tables[0].rows, status.load_rate) = (Some(4), NonZeroU64::new(5));
         let json = status.to_json(&[ReadCounts { hits: 3, misses: 1 }], now, LIMIT);
         let json: serde_json::Value = serde_json::from_str(&json).expect("JSON");
         for (pointer, value) in [
@@ -419,6 +430,7 @@ mod tests {
             ("/lsn/applied", "0/10".into()),
             ("/lag/bytes", 10.into()),
             ("/slot", serde_json::json!({"retained_bytes": 100, "limit_bytes": 200})),
+            ("/load_rate", serde_json::json!({"bytes_a_second": 5})),
             ("/tables/0/rows", 4.into()),
             ("/tables/0/loaded", true.into()),
             ("/tables/0/state", "loaded".into()),

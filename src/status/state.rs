@@ -9,6 +9,7 @@ use crate::command::Op;
 use crate::lsn::{EndLsn, Lsn};
 use crate::schema::TableSpec;
 use serde::Serialize;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use utoipa::ToSchema;
@@ -109,6 +110,8 @@ pub struct Status {
     pub slot_limit_bytes: Option<u64>,
     /// Set if Redis is a cluster.
     pub keys: Option<Keys>,
+    /// Bytes a second that loads, verifications and refetches may read, if that is limited.
+    pub load_rate: Option<NonZeroU64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -263,6 +266,7 @@ impl Status {
             slot_retained_bytes: None,
             slot_limit_bytes: None,
             keys: None,
+            load_rate: None,
         }
     }
 

@@ -18,6 +18,7 @@ use crate::typed::row_type::{Attribute, ColumnType, DEEPEST, Inexact, JsonType};
 use postgres_protocol::escape::{escape_identifier, escape_literal};
 use serde_json::Value;
 use std::collections::{HashMap, HashSet};
+use std::num::NonZeroU64;
 use std::time::Duration;
 use tokio_postgres::{Client, SimpleQueryRow};
 
@@ -76,6 +77,14 @@ pub struct Estimated {
     pub rows: u64,
     /// Heap and TOAST, as stored: large values are usually compressed there.
     pub bytes: u64,
+}
+
+impl Estimated {
+    /// About how many rows have this size, at least one. `None` if nothing is known.
+    pub fn rows_in(self, bytes: usize) -> Option<NonZeroU64> {
+        let share = u128::from(self.rows) * bytes as u128 / u128::from(self.bytes.max(1));
+        NonZeroU64::new(u64::try_from(share).unwrap_or(u64::MAX).max(1)).filter(|_| self.rows > 0)
+    }
 }
 
 /// Tables that inherit directly from another.

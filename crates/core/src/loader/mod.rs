@@ -138,6 +138,12 @@ impl<T: Clone> Loader<T> {
         }
     }
 
+    /// Reads no chunk before then. Single keys, which the stream may be waiting for, are read as before. No reader is
+    /// taken meanwhile, and Postgres holds nothing for it.
+    pub fn rests_until(&mut self, at: Instant) {
+        self.readers.rest_until(at);
+    }
+
     /// Must be called once, before the first call of [`Self::hears`].
     pub fn start(&mut self, now: Instant) -> Vec<Errand<T>> {
         let mut out = Vec::new();

@@ -34,6 +34,8 @@ pub(super) struct Readers {
     judged: BTreeMap<ChunkId, Judged>,
     /// After a visit that failed for a temporary reason, when the next one may begin.
     resume_at: Option<Instant>,
+    /// No chunk is read before then. Single keys are.
+    rests_until: Option<Instant>,
     backoff: Backoff,
     last_visit: u64,
     last_chunk: u64,
@@ -98,13 +100,22 @@ impl Readers {
         self.backoff.reset();
     }
 
+    pub fn rest_until(&mut self, at: Instant) {
+        self.rests_until = Some(at);
+    }
+
+    pub fn rests(&self) -> bool {
+        self.rests_until.is_some()
+    }
+
     /// Returns when the next visit may begin, if not now.
     pub fn resumes_at(&self) -> Option<Instant> {
-        self.resume_at
+        self.resume_at.into_iter().chain(self.rests_until).min()
     }
 
     pub fn woke(&mut self, now: Instant) {
         self.resume_at = self.resume_at.filter(|at| *at > now);
+        self.rests_until = self.rests_until.filter(|at| *at > now);
     }
 
     // ---- chunks -----------------------------------------------------------------------------------------------------

@@ -358,3 +358,27 @@ fn a_locked_table_is_looked_up_until_it_can_be_loaded() {
     }
     assert!(scene.said.is_empty());
 }
+
+#[test]
+fn a_loader_that_rests_reads_single_keys_and_no_chunk() {
+    let mut scene = Scene::new(2);
+    scene.begins(Purpose::Fill, &[&[1_000]]);
+    let readers = Measures::default().readers;
+    let visits: Vec<_> = (0..readers).map(|_| scene.next_visit()).collect();
+    let until = scene.now + Duration::from_secs(5);
+    for (visit, parts) in visits {
+        scene.loader.rests_until(until);
+        scene.is_made(visit, &parts);
+    }
+    assert!(scene.todo.is_empty() && !scene.loader.is_idle());
+    scene.hears(Heard::Ordered(vec![keys(0, None)]));
+    let (visit, parts) = scene.next_visit();
+    assert!(matches!(parts[0].task, Task::Keys(_)), "{parts:?}");
+    scene.is_made(visit, &parts);
+    assert_eq!((scene.loader.wakes_at(), scene.todo.len()), (Some(until), 0));
+    scene.hears(Heard::Woke);
+    assert!(scene.todo.is_empty(), "too early");
+    scene.now = until;
+    scene.hears(Heard::Woke);
+    assert_eq!((scene.loader.wakes_at(), scene.todo.len()), (None, readers));
+}

@@ -22,8 +22,8 @@ enum Found {
 }
 
 impl<T: Clone> Loader<T> {
-    /// Starts a visit, or the lookup that must precede it. Returns `false` if no reader is free or nothing needs to be
-    /// read.
+    /// Starts a visit, or the lookup that must precede it. Returns `false` if no reader is free, or nothing needs to be
+    /// read yet.
     pub(super) fn dispatch(&mut self, now: Instant, out: &mut Vec<Errand<T>>) -> bool {
         if !self.readers.has_room(&self.measures) {
             return false;
@@ -35,6 +35,9 @@ impl<T: Clone> Loader<T> {
                 None => self.look_up(LookUpOf::Keys(keys), now, out),
             }
             return true;
+        }
+        if self.readers.rests() {
+            return false;
         }
         let Some((asks, jobs)) = next_jobs(&mut self.loads, &self.measures) else { return false };
         self.set_out(asks, jobs, None, out);
