@@ -81,3 +81,4 @@ pub mod terminal;
 pub mod timing;
 pub mod tls;
 pub mod token;
+mod words;

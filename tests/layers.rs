@@ -19,6 +19,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("tls", &[]),
     ("token", &[]),
     // Independent of each other.
+    ("words", &[]),
     (
         "source",
         &[
@@ -58,6 +59,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "resp",
             "session::inspect",
         ],
+            "words",
     ),
     // What others may see of the daemon.
     ("admin", &[]),
@@ -136,6 +138,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
         ],
     ),
     // Starts the HTTP side; the sessions do not know about it.
+            "words",
     ("daemon", &["admin", "bridge", "config", "demo", "http", "progress::resume::Adopt", "status", "token"]),
     ("cli", &[EVERYTHING]),
     ("main", &[EVERYTHING]),

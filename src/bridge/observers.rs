@@ -16,6 +16,7 @@ use crate::session::load_messages::{LoadOrder, Purpose};
 use crate::session::operation::Heavy;
 use crate::session::{Applied, Machine, Observed};
 use crate::status::{ChangeEvent, DEAD_LETTERS_SHOWN, DeadLetterSeen, LastLoad, LastVerify, State, Status};
+use crate::words::counted;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -133,9 +134,10 @@ impl<'a> Observers<'a> {
     pub fn compared(&mut self, table: TableId, what: Heavy, tally: Tally, started: Instant) {
         let (name, elapsed) = (self.name(table), started.elapsed());
         let Tally { rows, missing, stale, orphaned, lookups, repaired } = tally;
-        let of_lookups = if lookups > 0 { format!("{lookups} members of lookups, ") } else { String::new() };
+        let of_lookups =
+            if lookups > 0 { format!("{} of lookups, ", counted(lookups, "member")) } else { String::new() };
         let text = format!(
-            "{what} of {name}: {rows} rows, {missing} missing, {stale} stale, {orphaned} orphaned, {of_lookups}{repaired} \
+            "{what} of {name}: {}, {missing} missing, {stale} stale, {orphaned} orphaned, {of_lookups}{repaired} \
              repaired, in {} ms",
             elapsed.as_millis()
         );
@@ -216,6 +218,7 @@ impl<'a> Observers<'a> {
                 key: String::from_utf8_lossy(key.as_bytes()).into_owned(),
                 lag: commit.age(now),
             }));
+            counted(rows, "row"),
         }
         self.change(move |status| {
             for (table, counts) in status.tables.iter_mut().zip(&applied.counts) {
@@ -312,7 +315,13 @@ fn warn_of_dead_letters(ctx: &Context, applied: &Applied) {
     }
     for ((table, reason), rows) in letters {
         let (table, dead) = (&ctx.specs[table.index()].name, ctx.own.dead().to_string());
-        tracing::error!(table, reason, rows, "{rows} rows of {table} cannot be in redis, see XRANGE '{dead}' - +");
+        tracing::error!(
+            table,
+            reason,
+            rows,
+            "{} of {table} cannot be in redis, see XRANGE '{dead}' - +",
+            counted(rows, "row")
+        );
     }
 }
 

@@ -17,6 +17,7 @@ mod teardown;
 
 use crate::config::ConfigError;
 use crate::terminal::{self, printable};
+use crate::error::Disposition;
 use clap::{Parser, Subcommand};
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -47,7 +48,7 @@ enum Command {
     /// Try prefetchd with a throwaway Postgres and Redis; Ctrl-C removes everything
     Demo(demo::Args),
     /// Check configuration and servers and say what to fix; changes nothing
-    Check,
+    Check(check::CheckArgs),
     /// Show the state of a running daemon; exit code 1 if it is not ready or not reachable
     Status(status::StatusArgs),
     /// Follow the applied changes of a running daemon, one line each
@@ -95,6 +96,18 @@ impl Failure {
 }
 
 impl From<ConfigError> for Failure {
+
+    /// A server's error: a refused password cannot be retried, a server that is away can.
+    fn of(disposition: Disposition, message: String) -> Self {
+        Self { code: exit_code(disposition), message: Some(message) }
+    }
+}
+
+fn exit_code(disposition: Disposition) -> u8 {
+    match disposition {
+        Disposition::Stop => EX_CONFIG,
+        Disposition::Retry | Disposition::Reload => 1,
+    }
     fn from(error: ConfigError) -> Self {
         Self::config(error.to_string())
     }
@@ -107,7 +120,7 @@ impl Cli {
             None => run::run(file, &run::RunArgs::default()),
             Some(Command::Run(args)) => run::run(file, &args),
             Some(Command::Demo(args)) => run::demo(args),
-            Some(Command::Check) => check::run(file),
+            Some(Command::Check(args)) => check::run(file, &args),
             Some(Command::Status(args)) => status::run(file, &args),
             Some(Command::Tail(args)) => tail::run(file, &args),
             Some(Command::Verify(args)) => admin::verify(file, &args),

@@ -70,7 +70,10 @@ pub enum Refusal {
          refetch {0}"
     )]
     UnlistedDeadLetters(String),
-    #[error("{applied} is applied, {wanted} is not, after {waited}: ask with a longer wait, or read from Postgres")]
+    #[error(
+        "{applied} is applied, {wanted} is not, after {waited}: ask again with a longer wait (at most 30s), or take the row as it is by \
+         asking without min_lsn"
+    )]
     Lagging { applied: String, wanted: String, waited: String },
     /// All capacity is taken; this request is refused instead of being queued.
     #[error("{0}")]
