@@ -72,6 +72,7 @@ pub mod http;
 pub mod metrics;
 pub mod nodes;
 pub mod password;
+pub mod row_keys;
 pub mod sightings;
 pub mod sink;
 pub mod source;

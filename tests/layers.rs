@@ -14,12 +14,13 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("nodes", &["lanes"]),
     ("password", &[]),
     ("sightings", &[]),
+    ("row_keys", &["schema", "plan::key"]),
     ("terminal", &[]),
     ("timing", &[]),
     ("tls", &[]),
     ("token", &[]),
-    // Independent of each other.
     ("words", &[]),
+    // Independent of each other.
     (
         "source",
         &[
@@ -58,8 +59,8 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "nodes",
             "resp",
             "session::inspect",
-        ],
             "words",
+        ],
     ),
     // What others may see of the daemon.
     ("admin", &[]),
@@ -95,6 +96,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "lsn",
             "metrics",
             "plan::key",
+            "row_keys",
             "schema",
             "sightings",
             "sink::Class",
@@ -103,6 +105,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "sink::list_reader",
             "sink::reader",
             "status",
+            "telemetry",
             "typed",
         ],
     ),
@@ -135,10 +138,10 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "status",
             "typed",
             "timing",
+            "words",
         ],
     ),
     // Starts the HTTP side; the sessions do not know about it.
-            "words",
     ("daemon", &["admin", "bridge", "config", "demo", "http", "progress::resume::Adopt", "status", "token"]),
     ("cli", &[EVERYTHING]),
     ("main", &[EVERYTHING]),

@@ -47,6 +47,7 @@ const POSTS: &[(&str, &str, bool)] = &[
     ("/v1/admin/invalidate", r#"{"table": "categories", "keys": ["cat-001"]}"#, true),
     ("/v1/admin/clear", r#"{"table": "categories", "confirm": "categories"}"#, true),
     ("/v1/admin/skip", r#"{"lsn": "0/1A"}"#, false),
+    ("/v1/admin/log", "{}", false),
     ("/demo/add", "{}", false),
 ];
 

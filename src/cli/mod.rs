@@ -12,12 +12,13 @@ mod page;
 mod run;
 pub mod servers;
 mod status;
+mod support;
 mod tail;
 mod teardown;
 
 use crate::config::ConfigError;
-use crate::terminal::{self, printable};
 use crate::error::Disposition;
+use crate::terminal::{self, printable};
 use clap::{Parser, Subcommand};
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -71,6 +72,8 @@ enum Command {
     Teardown(teardown::TeardownArgs),
     /// Print the address of a running daemon's page, including the token for operations
     Page(page::PageArgs),
+    /// Write an archive to attach to a report of a problem: versions, settings, status and log, without rows and secrets
+    Support(support::SupportArgs),
     /// Print the effective configuration, with secrets as ***
     Config,
 }
@@ -93,9 +96,6 @@ impl Failure {
     pub fn config(message: impl Into<String>) -> Self {
         Self { code: EX_CONFIG, message: Some(message.into()) }
     }
-}
-
-impl From<ConfigError> for Failure {
 
     /// A server's error: a refused password cannot be retried, a server that is away can.
     fn of(disposition: Disposition, message: String) -> Self {
@@ -108,6 +108,9 @@ fn exit_code(disposition: Disposition) -> u8 {
         Disposition::Stop => EX_CONFIG,
         Disposition::Retry | Disposition::Reload => 1,
     }
+}
+
+impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Self {
         Self::config(error.to_string())
     }
@@ -132,6 +135,7 @@ impl Cli {
             Some(Command::Skip(args)) => admin::skip(file, &args),
             Some(Command::Teardown(args)) => teardown::run(file, &args),
             Some(Command::Page(args)) => page::run(file, &args),
+            Some(Command::Support(args)) => support::run(file, &args),
             Some(Command::Config) => config::run(file),
         };
         match done {

@@ -7,7 +7,7 @@
 use super::app::App;
 use super::refusal::{Misdirected, Problem, ReadRefused};
 use super::render::{List, Rows};
-use super::{admin, demo, events, ops};
+use super::{admin, demo, events, log, ops};
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
@@ -40,6 +40,7 @@ use utoipa::{Modify, OpenApi};
         admin::invalidate,
         admin::clear,
         admin::skip,
+        log::log,
         demo::action,
         openapi,
         page,
