@@ -101,7 +101,8 @@ impl Visit for Line {
 
 fn cut(mut text: String) -> String {
     if text.len() > MOST_PART_BYTES {
-        text.truncate(text.floor_char_boundary(MOST_PART_BYTES));
+        let end = (0..=MOST_PART_BYTES).rev().find(|at| text.is_char_boundary(*at));
+        text.truncate(end.unwrap_or_default());
         text.push('…');
     }
     text

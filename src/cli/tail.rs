@@ -296,7 +296,7 @@ mod tests {
                 view.width = Some(width);
                 let line = shown(&mut view, "change", &CHANGE.replace("cache:category:cat-001", key)).expect("a line");
                 assert!(columns(line.trim_end()) <= width, "{width}: {line}");
-                assert_eq!(line.contains(key), !line.contains('…'), "{width}: {line}");
+                assert!(line.contains(key) || line.contains('…'), "{width}: {line}");
                 assert!(width < 80 || line.contains("1.2 ms"), "{width}: {line}");
             }
         }
