@@ -484,7 +484,7 @@ async fn a_hostile_schema_is_told_a_line_for_each_problem() {
 
 #[tokio::test]
 async fn what_is_good_is_folded_and_problems_come_last() {
-    let (postgres, redis) = (Postgres::own(&[]), Redis::start());
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
     let settings = Settings::new(&postgres, &redis);
     let output = check_briefly("a good set-up", &settings, 0).await;
     let lines: Vec<&str> = output.lines().collect();
