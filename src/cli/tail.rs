@@ -162,6 +162,12 @@ fn cut(text: &str, most: usize) -> String {
     text.chars().take_while(|c| fits(c)).chain(['…']).collect()
 }
 
+/// Text that takes at least so many columns.
+fn padded(text: String, least: usize) -> String {
+    let missing = least.saturating_sub(columns(&text));
+    text + &" ".repeat(missing)
+}
+
 /// Formats events as lines.
 struct View {
     only: Option<String>,
@@ -234,7 +240,8 @@ impl View {
             (true, "delete") => ("\u{1b}[2m", "\u{1b}[31m", "\u{1b}[0m"),
             (true, _) => ("\u{1b}[2m", "\u{1b}[33m", "\u{1b}[0m"),
         };
-        format!("{dim}{time:<13}{reset}  {table:<table_width$}  {colour}{op:<8}{reset}  {key:<key_width$}  {lag:>10}\n")
+        let (table, key) = (padded(table, table_width), padded(key, key_width));
+        format!("{dim}{time:<13}{reset}  {table}  {colour}{op:<8}{reset}  {key}  {lag:>10}\n")
     }
 }
 
@@ -303,7 +310,7 @@ mod tests {
         let mut view = View::new(None, false, false);
         view.width = Some(70);
         let line = shown(&mut view, "change", &CHANGE.replace("cat-001", "cat-001-and-more")).expect("a line");
-        assert_eq!(line, "12:34:56.789Z  categories  upsert    cache:category:ca…       1.2 ms\n");
+        assert_eq!(line, "12:34:56.789Z  categories  upsert    cache:category:cat-0…      1.2 ms\n");
     }
 
     #[test]
