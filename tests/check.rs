@@ -8,10 +8,19 @@ use std::fmt::Write;
 
 const ACL: &str = include_str!("../migrations/redis.acl");
 
-/// Returns the output. The last line must match the exit code.
+/// Returns every finding. The last line must match the exit code.
 async fn check(title: &str, settings: &Settings, code: i32) -> String {
-    let ran = run_program(settings, &["check"]).await;
-    println!("$ prefetchd check   # {title}\n{}", ran.stdout);
+    check_as(&["check", "--all"], title, settings, code).await
+}
+
+/// Returns the output without `--all`.
+async fn check_briefly(title: &str, settings: &Settings, code: i32) -> String {
+    check_as(&["check"], title, settings, code).await
+}
+
+async fn check_as(args: &[&str], title: &str, settings: &Settings, code: i32) -> String {
+    let ran = run_program(settings, args).await;
+    println!("$ prefetchd {}   # {title}\n{}", args.join(" "), ran.stdout);
     assert_eq!(ran.code, Some(code), "{title}: {ran:?}");
     let last = ran.stdout.lines().last().unwrap_or_default();
     let begins = match code {
@@ -79,12 +88,31 @@ async fn an_address_that_is_taken_fails_but_by_the_daemon_itself() {
     let output = check("another slot", &at(&here).text("postgres.slot", "another_slot"), 78).await;
     has_line(&output, "fail", &["http:", "taken by a prefetchd with another slot", remedy]);
 
+    let busy = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = busy.local_addr().unwrap().to_string();
+    std::thread::spawn(move || busy.incoming().flatten().for_each(|connection| overloaded(&connection)));
+    let output = check("a daemon that is too busy to tell", &at(&address), 0).await;
+    has_line(&output, "warn", &["http:", "does not tell its slot now", &address, &postgres.slot()]);
+
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     // Closes every connection.
     std::thread::spawn(move || taken.incoming().for_each(drop));
     fails("the address of another program", &at(&address), &["http:", &address, "taken by another program", remedy])
         .await;
+}
+
+/// Answers one request as a daemon does that has too many.
+fn overloaded(mut connection: &std::net::TcpStream) {
+    use std::io::{Read, Write};
+    let mut request = [0; 1024];
+    let length = connection.read(&mut request).unwrap_or_default();
+    let (status, body) = match request[..length].starts_with(b"GET /healthz ") {
+        true => ("200 OK", r#"{"status": "ok"}"#),
+        false => ("503 Service Unavailable", r#"{"error": "overloaded", "message": "too many requests"}"#),
+    };
+    let head = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
+    let _ = connection.write_all((head + body).as_bytes());
 }
 
 #[tokio::test]
@@ -245,7 +273,7 @@ async fn a_durability_that_cannot_be_had_is_told_beforehand() {
     let output = check("replicas:1 with one", &with("replicas:1"), 0).await;
     has_line(&output, "ok", &["provides redis.durability = \"replicas:1\""]);
     has_line(&output, "ok", &["replicas: 1"]);
-    fails("replicas:2 with one", &with("replicas:2"), &["1 replicas are connected"]).await;
+    fails("replicas:2 with one", &with("replicas:2"), &["1 replica is connected"]).await;
     // The redis.url of another daemon.
     let at_the_replica = Settings::new(&postgres, &replica);
     fails("a replica", &at_the_replica, &["is a replica of 127.0.0.1", "point redis.url at the master"]).await;
@@ -284,7 +312,7 @@ async fn what_lies_under_a_prefix_and_servers_that_are_away_are_told() {
     let (postgres, mut redis) = (Postgres::shared(), Redis::start());
     let settings = Settings::new(&postgres, &redis);
     redis.command::<()>(&["SET", "cache:category:of-somebody-else", "x"]).await;
-    warns("somebody else's keys", &settings, &["1 or more keys begin with \"cache:category:\" already"]).await;
+    warns("somebody else's keys", &settings, &["1 key or more begins with \"cache:category:\" already"]).await;
     redis.stop();
     let away = settings.text("postgres.url", "postgres://prefetchd@127.0.0.1:1/shop");
     let output = check("neither server is up", &away, 1).await;
@@ -442,7 +470,7 @@ async fn a_hostile_schema_is_told_a_line_for_each_problem() {
              ALTER PUBLICATION prefetchd ADD TABLE no_key, nothing, late, wide, by_index, whole, hidden, ruled, misspelt",
         )
         .await;
-    let output = check("a hostile schema", &Settings::new(&postgres, &redis).tables(&tables), 78).await;
+    let output = check_briefly("a hostile schema", &Settings::new(&postgres, &redis).tables(&tables), 78).await;
     for (name, _, parts) in problems {
         let of_it: Vec<&str> = output
             .lines()
@@ -452,6 +480,85 @@ async fn a_hostile_schema_is_told_a_line_for_each_problem() {
         assert!(parts.iter().all(|part| of_it[0].contains(part)), "{name}: {parts:?} in {}", of_it[0]);
     }
     has_line(&output, "not ready: 14 problems must be fixed", &[]);
+}
+
+#[tokio::test]
+async fn what_is_good_is_folded_and_problems_come_last() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let settings = Settings::new(&postgres, &redis);
+    let output = check_briefly("a good set-up", &settings, 0).await;
+    let lines: Vec<&str> = output.lines().collect();
+    assert!(lines[0].starts_with("ok    ") && lines[0].ends_with(" checks passed (--all shows them)"), "{output}");
+    assert!(lines[1..lines.len() - 1].iter().all(|line| line.starts_with("warn")), "{output}");
+    has_line(&output, "warn", &["keeps WAL without limit"]);
+    let passed = lines[0].split_whitespace().nth(1).unwrap();
+
+    let all = check("the same", &settings, 0).await;
+    assert_eq!(all.lines().filter(|line| line.starts_with("ok")).count().to_string(), passed, "{all}");
+    // Once where it belongs, and once where it is seen.
+    let (findings, problems) = all.split_once("\n\n").unwrap();
+    assert!(findings.contains("keeps WAL without limit") && problems.contains("keeps WAL without limit"), "{all}");
+    assert!(!problems.contains("\nok"), "{all}");
+}
+
+#[tokio::test]
+async fn what_many_tables_lack_is_one_line() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let (mut tables, mut sql) = (String::new(), String::new());
+    for n in 1..=50 {
+        writeln!(tables, "[[tables]]\nname = 't{n}'\ntable = 'public.t{n}'\nkey = 't{n}:{{id}}'").unwrap();
+        write!(sql, "CREATE TABLE t{n} (id int PRIMARY KEY); ALTER PUBLICATION prefetchd ADD TABLE t{n};").unwrap();
+        redis.command::<()>(&["SET", &format!("t{n}:of-somebody-else"), "x"]).await;
+    }
+    postgres.execute(&sql).await;
+    let settings = Settings::new(&postgres, &redis).tables(&tables);
+    let output = check_briefly("50 tables that may not be read", &settings, 78).await;
+    let fails: Vec<&str> = output.lines().filter(|line| line.starts_with("fail")).collect();
+    assert_eq!(fails.len(), 1, "{output}");
+    let parts = ["table t1: ", "GRANT SELECT ON", "; the same for 49 more: t2, t3, t4, … (--all shows each)"];
+    has_line(&output, "fail", &parts);
+    has_line(&output, "warn", &["1 key or more begins with \"t1:\"", "the same for 49 more: \"t2:\", \"t3:\""]);
+    has_line(&output, "not ready: 50 problems must be fixed", &[]);
+    let all = check("each of them", &settings, 78).await;
+    has_line(&all, "fail", &["table t50: ", "GRANT SELECT ON", "public.t50"]);
+}
+
+#[tokio::test]
+async fn a_redis_that_is_full_already_is_a_failure() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let settings = Settings::new(&postgres, &redis);
+    let limit = async |limit: &str| redis.command::<()>(&["CONFIG", "SET", "maxmemory", limit]).await;
+    limit("200kb").await;
+    fails("more than it may", &settings, &["redis: it uses", "all of maxmemory 204.8 kB", "raise maxmemory"]).await;
+    limit("100mb").await;
+    has_line(&check("less than it may", &settings, 0).await, "ok", &["of maxmemory 104.9 MB used"]);
+}
+
+#[tokio::test]
+async fn a_refused_password_is_78_everywhere() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let settings = || Settings::new(&postgres, &redis);
+    // Answers AUTH as a Sentinel with a password does.
+    let sentinel = format!("redis+sentinel://127.0.0.1:{}/mymaster/0?sentinel_password=wrong", redis.port());
+    let nobody = format!("redis+sentinel://127.0.0.1:1,127.0.0.1:{}/mymaster/0?sentinel_password=wrong", redis.port());
+    for (key, url, said) in [
+        ("postgres.url", postgres.bare_url("prefetchd").replace("prefetchd@", "prefetchd:wrong@"), "28P01"),
+        ("redis.url", redis.bare_url().replace("redis://", "redis://prefetchd:wrong@"), "WRONGPASS"),
+        ("redis.url", sentinel, "no Sentinel accepts the login"),
+        ("redis.url", nobody, "no Sentinel accepts the login"),
+    ] {
+        let refused = settings().text(key, &url);
+        for command in ["run", "check", "teardown"] {
+            let ran = run_program(&refused, &[command]).await;
+            assert_eq!(ran.code, Some(78), "{command} {url}: {ran:?}");
+            assert!(ran.said().contains(said) && !ran.said().contains("wrong"), "{command} {url}: {ran:?}");
+        }
+    }
+    // That is no refusal.
+    let nowhere = settings().text("redis.url", "redis+sentinel://127.0.0.1:1/mymaster/0?sentinel_password=wrong");
+    for command in ["check", "teardown"] {
+        assert_eq!(run_program(&nowhere, &[command]).await.code, Some(1), "{command}");
+    }
 }
 
 #[tokio::test]

@@ -181,7 +181,7 @@ fn lost_nothing(daemon: &Daemon) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_of_one_slot_are_loaded_and_followed_on_a_cluster() {
     let scene = OneSlot::on(Cluster::start().await).await;
-    let ran = run_program(&scene.settings, &["check"]).await;
+    let ran = run_program(&scene.settings, &["check", "--all"]).await;
     assert_eq!(ran.code, Some(0), "{ran:?}");
     let home = format!("cluster of 3 masters; all keys are in hash slot {}", scene.lane);
     assert!(ran.stdout.contains(&home), "{ran:?}");

@@ -76,6 +76,16 @@ async fn tail_shows_one_line_a_change() {
 }
 
 #[tokio::test]
+async fn tail_ends_at_once_where_no_daemon_is() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let settings = Settings::new(&postgres, &redis).text("http.listen", "127.0.0.1:1");
+    let ran = run_program(&settings, &["tail"]).await;
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    assert!(ran.stderr.contains("http://127.0.0.1:1 does not answer"), "{ran:?}");
+    assert!(ran.stderr.contains("start the daemon, or say where it is with --url"), "{ran:?}");
+}
+
+#[tokio::test]
 async fn tail_goes_on_when_the_daemon_comes_back() {
     let (postgres, redis, settings, daemon) = daemon_with_settings().await;
     let (address, url) = (daemon.address().to_string(), format!("http://{}", daemon.address()));

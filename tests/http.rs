@@ -666,6 +666,10 @@ async fn a_position_that_does_not_come_is_lagging_after_the_wait() {
         assert!(took < Duration::from_millis(least + 600), "{took:?}");
     }
     assert_eq!(stage.code("/v1/tables/categories?key=a&min_lsn=0/1B&wait=10ms").await, is(504, "lagging"));
+    // What the reader can do, who has no way to Postgres.
+    let said = stage.get(&format!("{ROW}?min_lsn=0/1B&wait=0s")).await.body;
+    assert!(said.contains("a longer wait (at most 30s)") && said.contains("without min_lsn"), "{said}");
+    assert!(!said.contains("Postgres"), "{said}");
 }
 
 #[tokio::test]

@@ -247,7 +247,7 @@ async fn a_document_over_the_limit_of_redis_is_a_dead_letter() {
     )
     .await;
     let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(TABLE)).await;
-    daemon.allow_warning("rows of t cannot be in redis");
+    daemon.allow_warning("of t cannot be in redis");
     daemon.ready().await;
     assert_eq!(redis.keys("t:*").await, ["t:1", "t:4"]);
     for (sql, keys) in [

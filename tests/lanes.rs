@@ -91,7 +91,7 @@ async fn rows_are_loaded_and_followed_wherever_their_keys_hash() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn check_names_the_rights_that_a_cluster_needs() {
     let scene = Scattered::on(Cluster::start().await).await;
-    let ran = run_program(&scene.settings, &["check"]).await;
+    let ran = run_program(&scene.settings, &["check", "--all"]).await;
     assert_eq!(ran.code, Some(0), "{ran:?}");
     assert!(ran.stdout.contains("cluster of 3 masters; rows are in the hash slots of their keys"), "{ran:?}");
     let slot = scene.postgres.slot();

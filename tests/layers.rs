@@ -14,10 +14,12 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("nodes", &["lanes"]),
     ("password", &[]),
     ("sightings", &[]),
+    ("row_keys", &["schema", "plan::key"]),
     ("terminal", &[]),
     ("timing", &[]),
     ("tls", &[]),
     ("token", &[]),
+    ("words", &[]),
     // Independent of each other.
     (
         "source",
@@ -57,6 +59,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "nodes",
             "resp",
             "session::inspect",
+            "words",
         ],
     ),
     // What others may see of the daemon.
@@ -97,6 +100,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "metrics",
             "plan::key",
             "reload",
+            "row_keys",
             "schema",
             "sightings",
             "sink::Class",
@@ -105,6 +109,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "sink::list_reader",
             "sink::reader",
             "status",
+            "telemetry",
             "typed",
         ],
     ),
@@ -139,6 +144,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "status",
             "typed",
             "timing",
+            "words",
         ],
     ),
     // Starts the HTTP side; the sessions do not know about it.

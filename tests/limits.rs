@@ -198,7 +198,7 @@ async fn rows_up_to_the_limit_are_rows_and_those_over_it_are_dead_letters() {
         )
         .await;
     let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(TABLES)).await;
-    daemon.allow_warning("rows of t cannot be in redis");
+    daemon.allow_warning("of t cannot be in redis");
     daemon.ready().await;
     let there = async || {
         let mut large = redis.keys("t:*").await;

@@ -5,6 +5,7 @@ use crate::harness::traffic::{Traffic, loaded, seed};
 use crate::harness::watcher::Watcher;
 use crate::harness::{Daemon, Postgres, Redis, Settings};
 use serde_json::json;
+use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 const TTL: Duration = Duration::from_secs(24 * 60 * 60);
@@ -196,5 +197,37 @@ async fn a_load_rate_holds_for_loads_and_verifications_and_not_for_the_stream() 
     let answer = daemon.operate("verify", &json!({})).await;
     assert!(answer.status == 200 && answer.json()["rows"] == 1_005, "{answer:?}");
     assert!(began.elapsed() >= least, "{:?} of {least:?}", began.elapsed());
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+#[tokio::test]
+async fn many_loads_are_one_line_and_one_load_is_too() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let (mut tables, mut sql) = (String::new(), String::new());
+    for n in 1..=40 {
+        writeln!(tables, "[[tables]]\nname = 't{n}'\ntable = 'public.t{n}'\nkey = 't{n}:{{id}}'").unwrap();
+        write!(
+            sql,
+            "CREATE TABLE t{n} (id int PRIMARY KEY); GRANT SELECT ON t{n} TO prefetchd; INSERT INTO t{n} VALUES (1), (2);
+             ALTER PUBLICATION prefetchd ADD TABLE t{n};"
+        )
+        .unwrap();
+    }
+    postgres.execute(&sql).await;
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(&tables)).await;
+    daemon.ready().await;
+    assert_eq!(daemon.said("loading 40 tables: first start"), 1, "{}", daemon.log_text());
+    daemon.logged("streaming from ").await;
+    // On a busy machine they may take longer than a line is held back.
+    let log = daemon.log_text();
+    assert!(daemon.said("streaming from ") < 10, "{log}");
+    if daemon.said("streaming from ") == 1 {
+        assert_eq!(daemon.said("loaded 40 tables, 80 rows, in "), 1, "{log}");
+    }
+    assert_eq!(daemon.said(" of t7 in "), 0, "{log}");
+
+    postgres.execute("ALTER TABLE t7 ADD COLUMN v text DEFAULT 'x'").await;
+    daemon.logged("loading t7: ").await;
+    daemon.logged("loaded 2 rows of t7 in ").await;
     assert_eq!(daemon.stop().await, Some(0));
 }

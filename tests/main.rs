@@ -68,6 +68,7 @@ mod source_tls;
 mod standby;
 mod stopping;
 mod stream;
+mod support;
 mod teardown;
 mod terminal;
 mod ttl;

@@ -200,7 +200,7 @@ async fn with_one_hash_slot_its_master_is_shown() {
 
 /// Runs `check`, and returns what it prints.
 async fn check(scene: &Scene, code: i32) -> String {
-    let ran = run_program(&scene.settings, &["check"]).await;
+    let ran = run_program(&scene.settings, &["check", "--all"]).await;
     assert_eq!(ran.code, Some(code), "{ran:?}");
     ran.stdout
 }

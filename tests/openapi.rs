@@ -49,6 +49,7 @@ const POSTS: &[(&str, &str, bool)] = &[
     ("/v1/admin/clear", r#"{"table": "categories", "confirm": "categories"}"#, true),
     ("/v1/admin/skip", r#"{"lsn": "0/1A"}"#, false),
     ("/v1/admin/reload", "{}", false),
+    ("/v1/admin/log", "{}", false),
     ("/demo/add", "{}", false),
 ];
 

@@ -365,7 +365,7 @@ async fn two_roles_share_the_work() {
     // It may be planned, because little could be gained from it.
     mallory.does("CREATE INDEX code ON shop.items ((shop.code('index') OR v = ''))").await;
     let settings = roles.settings(&redis);
-    let checked = run_program(&settings, &["check"]).await;
+    let checked = run_program(&settings, &["check", "--all"]).await;
     assert_eq!(checked.code, Some(0), "{checked:?}");
     assert!(checked.stdout.contains(&format!("role {reader} may read, but not replicate")), "{checked:?}");
 

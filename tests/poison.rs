@@ -78,9 +78,9 @@ async fn a_value_over_the_limit_of_redis_is_a_dead_letter_and_stops_nothing_else
     postgres.execute(LARGE).await;
     let tables = T;
     let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(tables)).await;
-    daemon.allow_warning("rows of t cannot be in redis");
+    daemon.allow_warning("of t cannot be in redis");
     daemon.ready().await;
-    daemon.logged("1 rows of t cannot be in redis").await;
+    daemon.logged("1 row of t cannot be in redis").await;
     let loaded = letters(&redis, &postgres).await;
     assert_eq!(loaded.len(), 1, "{loaded:?}");
     let letter = &loaded[0];
@@ -137,7 +137,7 @@ async fn a_row_without_a_key_is_a_dead_letter_by_both_ways() {
         .await;
     let tables = "[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{code}'";
     let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(tables)).await;
-    daemon.allow_warning("rows of t cannot be in redis");
+    daemon.allow_warning("of t cannot be in redis");
     daemon.ready().await;
     let loaded = eventually("a letter", async || letters(&redis, &postgres).await, |all| all.len() == 1).await;
     assert_eq!((loaded[0]["key"].as_str(), loaded[0]["reason"].as_str()), ("", "key column code is NULL"));
@@ -183,7 +183,7 @@ async fn a_dead_letter_is_never_called_a_row_that_does_not_exist() {
     postgres.execute(LARGE).await;
     let settings = Settings::new(&postgres, &redis).tables(T);
     let daemon = Daemon::with(&settings).await;
-    daemon.allow_warning("rows of t cannot be in redis");
+    daemon.allow_warning("of t cannot be in redis");
     daemon.ready().await;
     assert_eq!(codes(&daemon, &["1", "2", "99"]).await, ["row", "dead_letter", "not_found"]);
     let lsn =
@@ -221,7 +221,7 @@ async fn a_dead_letter_is_never_called_a_row_that_does_not_exist() {
     daemon.kill9();
     postgres.execute("INSERT INTO t VALUES (5, 'while nobody ran', repeat('z', 1200000))").await;
     let daemon = Daemon::with(&settings).await;
-    daemon.allow_warning("rows of t cannot be in redis");
+    daemon.allow_warning("of t cannot be in redis");
     daemon.ready().await;
     assert_eq!(
         codes(&daemon, &["1", "2", "5", "99"]).await,
@@ -270,7 +270,7 @@ async fn a_dead_letter_that_redis_takes_after_all_is_a_row_again() {
     postgres.execute(LARGE).await;
     let settings = Settings::new(&postgres, &redis).tables(T);
     let daemon = Daemon::with(&settings).await;
-    daemon.allow_warning("rows of t cannot be in redis");
+    daemon.allow_warning("of t cannot be in redis");
     daemon.ready().await;
     let lsn = postgres.execute("INSERT INTO t VALUES (3, '', repeat('3', 1200000))").await;
     daemon.applied(lsn).await;
@@ -316,7 +316,7 @@ async fn a_standby_knows_the_dead_letters_and_takes_them_over() {
     postgres.execute(LARGE).await;
     let settings = Settings::new(&postgres, &redis).tables(T);
     let active = Daemon::with(&settings).await;
-    active.allow_warning("rows of t cannot be in redis");
+    active.allow_warning("of t cannot be in redis");
     active.ready().await;
     let standby = Daemon::with(&settings).await;
     standby.status_when("standby", |status| status["state"] == "standby").await;
@@ -346,7 +346,7 @@ async fn beyond_the_dead_letters_that_are_kept_track_of_no_row_is_said_not_to_ex
         .await;
     let settings = Settings::new(&postgres, &redis).tables(T);
     let daemon = Daemon::with(&settings).await;
-    daemon.allow_warning("rows of t cannot be in redis");
+    daemon.allow_warning("of t cannot be in redis");
     daemon.ready().await;
     assert_eq!(codes(&daemon, &["small", "nobody"]).await, ["row", "dead_letter"]);
     let status = daemon.status_when("counted", |status| status["tables"][0]["more_dead_letters"] == true).await;
@@ -356,7 +356,7 @@ async fn beyond_the_dead_letters_that_are_kept_track_of_no_row_is_said_not_to_ex
     daemon.ready().await;
     assert_eq!(codes(&daemon, &["small", "nobody"]).await, ["row", "dead_letter"]);
     // It is unknown before a load which ones are left, and some are recorded only then.
-    daemon.allow_warning("rows of t cannot be in redis");
+    daemon.allow_warning("of t cannot be in redis");
     let lsn = postgres.execute("DELETE FROM t WHERE id LIKE 'k%' AND id NOT LIKE '%7'").await;
     daemon.applied(lsn).await;
     assert_eq!(codes(&daemon, &["small", "nobody"]).await, ["row", "dead_letter"]);

@@ -57,7 +57,7 @@ async fn a_role_with_some_columns_is_enough_for_everything() {
     let role = set_up(&postgres).await;
     for columns in [COLUMNS, ""] {
         let settings = settings(&postgres, &redis, &role, columns);
-        let checked = run_program(&settings, &["check"]).await;
+        let checked = run_program(&settings, &["check", "--all"]).await;
         assert_eq!(checked.code, Some(0), "{checked:?}");
         assert!(checked.stdout.contains("5000 rows of about"), "{checked:?}");
 

@@ -244,7 +244,7 @@ async fn what_types_are_made_of_is_followed_and_other_types_are_not() {
     daemon.ready().await;
     assert_eq!(redis.hash("made:1").await, row_of_made(&postgres).await);
     let loads = |daemon: &Daemon, table: &str| {
-        daemon.said(&format!(" rows of {table} in ")) + daemon.said(&format!("comparing {table}"))
+        daemon.said(&format!(" of {table} in ")) + daemon.said(&format!("comparing {table}"))
     };
     for (at, change) in [
         "ALTER TYPE addr ADD ATTRIBUTE c text",
@@ -369,7 +369,7 @@ async fn a_truncate_is_no_reason_to_read_the_table_again_and_what_comes_with_it_
     let looked_at = async |times: usize| {
         postgres.execute("VACUUM FULL other").await;
         // Its load ends with a checkpoint, which contains what was seen of the others.
-        let loaded = async || daemon.said("loaded 1 rows of other");
+        let loaded = async || daemon.said("loaded 1 row of other");
         eventually("a look at the catalog", loaded, |count| *count == 1 + times).await;
     };
     assert_eq!(reads().await, 3);

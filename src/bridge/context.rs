@@ -157,6 +157,7 @@ impl Context {
     pub fn next(&self, config: Config, stop: CancellationToken) -> Self {
         let specs: Arc<[TableSpec]> = config.tables.clone().into();
         let status = self.status.borrow().for_tables(&self.specs, &specs);
+        let status = Status { load_rate: config.cache.load_rate, ..status };
         Context {
             timing: self.timing.clone(),
             adopt: self.adopt,
@@ -173,6 +174,7 @@ impl Context {
             known: KnownTables::default(),
             walsender_pid: AtomicI32::new(self.walsender_pid.load(Ordering::Relaxed)),
             said: self.said.clone(),
+            load_rate: LoadRate::new(config.cache.load_rate, Instant::now()),
             slot_warned: AtomicBool::new(self.slot_warned.load(Ordering::Relaxed)),
             paused: AtomicBool::new(self.is_paused()),
             memory: Mutex::new(self.memory()),

@@ -17,7 +17,8 @@ use crate::session::load_messages::{LoadOrder, Purpose};
 use crate::session::operation::Heavy;
 use crate::session::{Applied, Machine, Observed};
 use crate::status::{ChangeEvent, DEAD_LETTERS_SHOWN, DeadLetterSeen, LastLoad, LastVerify, Level, State, Status};
-use std::collections::BTreeMap;
+use crate::words::counted;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Summarizing the lags copies them.
@@ -36,7 +37,26 @@ pub struct Observers<'a> {
     lags_shown: Instant,
     /// When the load that ended last had begun.
     load_began: Option<Instant>,
+    /// Loads that nothing is said of yet, because others are about to begin or to end.
+    begun: Vec<(TableId, &'static str, String)>,
+    ended: Vec<LoadEnded>,
+    ended_first: Option<Instant>,
+    under_way: BTreeSet<TableId>,
 }
+
+struct LoadEnded {
+    table: TableId,
+    rows: u64,
+    started: Instant,
+    elapsed: Duration,
+    lsn: EndLsn,
+    because: String,
+}
+
+/// Up to this many loads that begin, or end, together have a line each.
+const LOADS_SAID_ONE_BY_ONE: usize = 3;
+/// How long the end of a load may go unsaid while others are under way.
+const LOADS_HELD: Duration = Duration::from_secs(1);
 
 /// What is known outside the machine.
 pub struct Surroundings {
@@ -52,7 +72,17 @@ pub struct Surroundings {
 
 impl<'a> Observers<'a> {
     pub fn new(ctx: &'a Context) -> Self {
-        Self { ctx, changes: Vec::new(), events: Vec::new(), lags_shown: Instant::now(), load_began: None }
+        Self {
+            ctx,
+            changes: Vec::new(),
+            events: Vec::new(),
+            lags_shown: Instant::now(),
+            load_began: None,
+            begun: Vec::new(),
+            ended: Vec::new(),
+            ended_first: None,
+            under_way: BTreeSet::new(),
+        }
     }
 
     fn name(&self, table: TableId) -> &'a str {
@@ -65,6 +95,11 @@ impl<'a> Observers<'a> {
 
     /// Publishes what has changed since the last time.
     pub fn publish(&mut self) {
+        self.say_begun();
+        let is_due = self.ended_first.is_some_and(|first| first.elapsed() >= LOADS_HELD);
+        if self.under_way.is_empty() || is_due {
+            self.say_ended();
+        }
         if !self.changes.is_empty() {
             self.ctx.update(|status| self.changes.drain(..).for_each(|change| change(status)));
         }
@@ -74,14 +109,65 @@ impl<'a> Observers<'a> {
         }
     }
 
+    /// Loads that begin together for the same reason are one line: at the start there may be hundreds.
+    fn say_begun(&mut self) {
+        let mut begun = std::mem::take(&mut self.begun);
+        while let Some((table, doing, because)) = begun.first().cloned() {
+            let is_same = |one: &(TableId, &str, String)| (one.1, &one.2) == (doing, &because);
+            let tables = begun.iter().filter(|one| is_same(one)).count();
+            if tables > LOADS_SAID_ONE_BY_ONE {
+                tracing::info!(tables, reason = because, "{doing} {tables} tables: {because}");
+                begun.retain(|one| !is_same(one));
+            } else {
+                let name = self.name(table);
+                tracing::info!(table = name, reason = because, "{doing} {name}: {because}");
+                begun.remove(0);
+            }
+        }
+    }
+
+    fn say_ended(&mut self) {
+        self.ended_first = None;
+        let mut ended = std::mem::take(&mut self.ended);
+        while let Some(because) = ended.first().map(|load| load.because.clone()) {
+            let (same, others): (Vec<_>, Vec<_>) = ended.into_iter().partition(|load| load.because == because);
+            ended = others;
+            if same.len() > LOADS_SAID_ONE_BY_ONE {
+                say_loaded_together(&same);
+            } else {
+                same.iter().for_each(|load| self.say_loaded(load));
+            }
+        }
+    }
+
+    fn say_loaded(&self, load: &LoadEnded) {
+        let LoadEnded { table, rows, elapsed, lsn, because, .. } = load;
+        let (name, elapsed_ms) = (self.name(*table), elapsed.as_millis() as u64);
+        tracing::info!(
+            table = name,
+            rows,
+            elapsed_ms,
+            %lsn,
+            reason = because,
+            "loaded {} of {name} in {elapsed_ms} ms, streaming from {lsn}",
+            counted(*rows, "row")
+        );
+    }
+
     pub fn ordered(&mut self, order: &LoadOrder) {
+        if let LoadOrder::Abandon(table, _) = order {
+            self.under_way.remove(table);
+        }
         let LoadOrder::Table { table, purpose, because, .. } = order else { return };
         let name = self.name(*table);
         let doing = match purpose {
-            Purpose::Fill => "loading",
+            Purpose::Fill => {
+                self.under_way.insert(*table);
+                "loading"
+            }
             Purpose::Compare(_) => "comparing",
         };
-        tracing::info!(table = name, reason = %because, "{doing} {name}: {because}");
+        self.begun.push((*table, doing, because.to_string()));
         if because.heals == Some(Heal::Evicted) {
             tracing::warn!(
                 table = name,
@@ -105,23 +191,18 @@ impl<'a> Observers<'a> {
         because: Reason,
         lsn: EndLsn,
     ) {
-        let (name, elapsed) = (self.name(table), started.elapsed());
-        tracing::info!(
-            table = name,
-            rows,
-            elapsed_ms = elapsed.as_millis() as u64,
-            %lsn,
-            reason = %because,
-            "loaded {rows} rows of {name} in {} ms, streaming from {lsn}",
-            elapsed.as_millis()
-        );
+        let elapsed = started.elapsed();
+        self.under_way.remove(&table);
+        self.ended_first.get_or_insert_with(Instant::now);
         let kind = match because.heals {
             None => Kind::Loaded,
             Some(Heal::Schema) => Kind::Schema,
             Some(_) => Kind::Healed,
         };
-        let load = Load { kind, table: name.to_owned(), rows, elapsed, because: because.text.clone() };
+        let table_name = self.name(table).to_owned();
+        let load = Load { kind, table: table_name, rows, elapsed, because: because.text.clone() };
         self.ctx.history.loaded(load, Instant::now());
+        self.ended.push(LoadEnded { table, rows, started, elapsed, lsn, because: because.to_string() });
         self.ctx.metrics.load_duration(elapsed);
         if is_whole {
             self.ctx.metrics.keys(table, rows);
@@ -141,10 +222,12 @@ impl<'a> Observers<'a> {
     pub fn compared(&mut self, table: TableId, what: Heavy, tally: Tally, started: Instant) {
         let (name, elapsed) = (self.name(table), started.elapsed());
         let Tally { rows, missing, stale, orphaned, lookups, repaired } = tally;
-        let of_lookups = if lookups > 0 { format!("{lookups} members of lookups, ") } else { String::new() };
+        let of_lookups =
+            if lookups > 0 { format!("{} of lookups, ", counted(lookups, "member")) } else { String::new() };
         let text = format!(
-            "{what} of {name}: {rows} rows, {missing} missing, {stale} stale, {orphaned} orphaned, {of_lookups}{repaired} \
+            "{what} of {name}: {}, {missing} missing, {stale} stale, {orphaned} orphaned, {of_lookups}{repaired} \
              repaired, in {} ms",
+            counted(rows, "row"),
             elapsed.as_millis()
         );
         // Drift that was not made on purpose deserves a warning.
@@ -208,7 +291,8 @@ impl<'a> Observers<'a> {
         });
     }
 
-    pub fn blocked(&self, table: TableId, why: &Blocked) {
+    pub fn blocked(&mut self, table: TableId, why: &Blocked) {
+        self.under_way.remove(&table);
         self.ctx.metrics.healed(Heal::Schema);
         let table = self.name(table);
         self.ctx.history.happened(Level::Bad, Kind::Blocked, Some(table), format!("{table} cannot be followed: {why}"));
@@ -316,6 +400,30 @@ impl<'a> Observers<'a> {
     }
 }
 
+/// What has ended is said, even if the session ends first.
+impl Drop for Observers<'_> {
+    fn drop(&mut self) {
+        self.say_begun();
+        self.say_ended();
+    }
+}
+
+fn say_loaded_together(loads: &[LoadEnded]) {
+    let (Some(last), Some(began)) = (loads.last(), loads.iter().map(|load| load.started).min()) else { return };
+    let ended = loads.iter().map(|load| load.started + load.elapsed).max().unwrap_or(began);
+    let (tables, rows) = (loads.len(), loads.iter().map(|load| load.rows).sum::<u64>());
+    let (lsn, elapsed_ms) = (last.lsn, ended.duration_since(began).as_millis() as u64);
+    tracing::info!(
+        tables,
+        rows,
+        elapsed_ms,
+        %lsn,
+        reason = last.because,
+        "loaded {tables} tables, {}, in {elapsed_ms} ms, streaming from {lsn}",
+        counted(rows, "row")
+    );
+}
+
 fn count(ctx: &Context, applied: &Applied) {
     let metrics = &ctx.metrics;
     metrics.transactions_applied(applied.transactions);
@@ -336,9 +444,15 @@ fn warn_of_dead_letters(ctx: &Context, applied: &Applied) {
     }
     for ((table, reason), rows) in letters {
         let (table, dead) = (&ctx.specs[table.index()].name, ctx.own.dead().to_string());
-        let text = format!("{rows} rows of {table} cannot be in redis ({reason})");
+        let text = format!("{} of {table} cannot be in redis ({reason})", counted(rows, "row"));
         ctx.history.happened(Level::Bad, Kind::DeadLetter, Some(table), text);
-        tracing::error!(table, reason, rows, "{rows} rows of {table} cannot be in redis, see XRANGE '{dead}' - +");
+        tracing::error!(
+            table,
+            reason,
+            rows,
+            "{} of {table} cannot be in redis, see XRANGE '{dead}' - +",
+            counted(rows, "row")
+        );
     }
 }
 

@@ -14,6 +14,7 @@ use crate::source::connect::PostgresClient;
 use crate::source::snapshot;
 use crate::source::survey::{self, TableSize};
 use crate::typed::known::KnownTypes;
+use crate::words::counted;
 
 /// Bytes that a key with a TTL takes besides its name; likewise a field, while the hash is a listpack, and a field of a
 /// document.
@@ -129,9 +130,10 @@ impl std::fmt::Display for WorkingSet {
         let a_row = if self.rows > 0.0 { self.bytes / self.rows } else { 0.0 };
         write!(
             f,
-            "the configured tables need about {} (an estimate: {:.0} rows of about {a_row:.0} bytes)",
+            "the configured tables need about {} (an estimate: {} of about {})",
             size(self.bytes as u64),
-            self.rows
+            counted(self.rows.round(), "row"),
+            counted(a_row.round(), "byte")
         )
     }
 }

@@ -2,6 +2,7 @@
 
 use super::client::Client;
 use super::{Failure, print, printable};
+use crate::words::counted;
 use clap::Args;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -88,7 +89,8 @@ pub(super) fn refetch(file: Option<&Path>, args: &RefetchArgs) -> Result<(), Fai
     let done = ask(file, &args.daemon, "refetch", &of_table(args))?;
     let [loaded, repaired, removed, ms] =
         ["loaded", "repaired", "removed", "elapsed_ms"].map(|name| number(&done, name));
-    print(&format!("{loaded} rows loaded in {ms} ms: {repaired} repaired, {removed} orphans removed\n"))
+    let (loaded, removed) = (counted(loaded, "row"), counted(removed, "orphan"));
+    print(&format!("{loaded} loaded in {ms} ms: {repaired} repaired, {removed} removed\n"))
 }
 
 pub(super) fn verify(file: Option<&Path>, args: &VerifyArgs) -> Result<(), Failure> {
@@ -98,15 +100,21 @@ pub(super) fn verify(file: Option<&Path>, args: &VerifyArgs) -> Result<(), Failu
     let found = ["missing", "stale", "orphaned", "lookups"].map(|name| number(&done, name));
     let [rows, keys, repaired] = ["rows", "keys", "repaired"].map(|name| number(&done, name));
     let [missing, stale, orphaned, members] = found;
-    let members = if members > 0 { format!(", {members} members of lookups") } else { String::new() };
+    let members = if members > 0 { format!(", {} of lookups", counted(members, "member")) } else { String::new() };
     let lsn = done["lsn"].as_str().unwrap_or("-");
     let mended = if args.repair { format!(", {repaired} repaired") } else { String::new() };
     print(&format!(
-        "{rows} rows, {keys} keys at {}: {missing} missing, {stale} stale, {orphaned} orphaned{members}{mended}\n",
+        "{}, {} at {}: {missing} missing, {stale} stale, {orphaned} orphaned{members}{mended}\n",
+        counted(rows, "row"),
+        counted(keys, "key"),
         printable(lsn)
     ))?;
     let left = found.iter().sum::<u64>() - repaired;
-    if left == 0 { Ok(()) } else { Err(Failure::work(format!("{left} keys differ: repair them with --repair"))) }
+    match left {
+        0 => Ok(()),
+        1 => Err(Failure::work("1 key differs: repair it with --repair")),
+        left => Err(Failure::work(format!("{left} keys differ: repair them with --repair"))),
+    }
 }
 
 pub(super) fn invalidate(file: Option<&Path>, args: &InvalidateArgs) -> Result<(), Failure> {
@@ -125,11 +133,12 @@ pub(super) fn skip(file: Option<&Path>, args: &SkipArgs) -> Result<(), Failure> 
 fn deleted(done: &Value, table: &str) -> Result<(), Failure> {
     let n = number(done, "deleted");
     let then = if n > 0 {
-        format!("; prefetchd refetch --table {} brings them back", printable(table))
+        let it = if n == 1 { "it" } else { "them" };
+        format!("; prefetchd refetch --table {} brings {it} back", printable(table))
     } else {
         String::new()
     };
-    print(&format!("{n} keys removed from the cache{then}\n"))
+    print(&format!("{} removed from the cache{then}\n", counted(n, "key")))
 }
 
 fn of_table(args: &RefetchArgs) -> Value {

@@ -71,12 +71,26 @@ impl Client {
 
     /// Returns the JSON of a successful response, however long it takes, or the daemon's error message.
     pub(super) fn post(&self, path: &str, body: &serde_json::Value) -> Result<serde_json::Value, String> {
+        self.post_within(None, path, body)
+    }
+
+    /// The same, for what the daemon answers at once.
+    pub(super) fn post_quickly(&self, path: &str, body: &serde_json::Value) -> Result<serde_json::Value, String> {
+        self.post_within(Some(READ_TIMEOUT), path, body)
+    }
+
+    fn post_within(
+        &self,
+        each_read: Option<Duration>,
+        path: &str,
+        body: &serde_json::Value,
+    ) -> Result<serde_json::Value, String> {
         let Door { base, token } = self.door();
         let mut request = self.agent.post(format!("{base}{path}")).header("Content-Type", "application/json");
         if let Ok(token) = &token {
             request = request.header("Authorization", format!("Bearer {}", token.expose()));
         }
-        let request = request.config().timeout_per_read(None).build();
+        let request = request.config().timeout_per_read(each_read).build();
         let mut answer = request.send(body.to_string()).map_err(|error| format!("{base} does not answer: {error}"))?;
         let status = answer.status();
         let text = answer.body_mut().read_to_string().map_err(|error| format!("{base}{path}: {error}"))?;

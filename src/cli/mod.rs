@@ -12,10 +12,12 @@ mod page;
 mod run;
 pub mod servers;
 mod status;
+mod support;
 mod tail;
 mod teardown;
 
 use crate::config::ConfigError;
+use crate::error::Disposition;
 use crate::terminal::{self, printable};
 use clap::{Parser, Subcommand};
 use std::io::{self, Write};
@@ -47,7 +49,7 @@ enum Command {
     /// Try prefetchd with a throwaway Postgres and Redis; Ctrl-C removes everything
     Demo(demo::Args),
     /// Check configuration and servers and say what to fix; changes nothing
-    Check,
+    Check(check::CheckArgs),
     /// Show the state of a running daemon; exit code 1 if it is not ready or not reachable
     Status(status::StatusArgs),
     /// Follow the applied changes of a running daemon, one line each
@@ -72,6 +74,8 @@ enum Command {
     Teardown(teardown::TeardownArgs),
     /// Print the address of a running daemon's page, including the token for operations
     Page(page::PageArgs),
+    /// Write an archive to attach to a report of a problem: versions, settings, status and log, without rows and secrets
+    Support(support::SupportArgs),
     /// Print the effective configuration, with secrets as ***
     Config,
 }
@@ -94,6 +98,18 @@ impl Failure {
     pub fn config(message: impl Into<String>) -> Self {
         Self { code: EX_CONFIG, message: Some(message.into()) }
     }
+
+    /// A server's error: a refused password cannot be retried, a server that is away can.
+    fn of(disposition: Disposition, message: String) -> Self {
+        Self { code: exit_code(disposition), message: Some(message) }
+    }
+}
+
+fn exit_code(disposition: Disposition) -> u8 {
+    match disposition {
+        Disposition::Stop => EX_CONFIG,
+        Disposition::Retry | Disposition::Reload => 1,
+    }
 }
 
 impl From<ConfigError> for Failure {
@@ -109,7 +125,7 @@ impl Cli {
             None => run::run(file, &run::RunArgs::default()),
             Some(Command::Run(args)) => run::run(file, &args),
             Some(Command::Demo(args)) => run::demo(args),
-            Some(Command::Check) => check::run(file),
+            Some(Command::Check(args)) => check::run(file, &args),
             Some(Command::Status(args)) => status::run(file, &args),
             Some(Command::Tail(args)) => tail::run(file, &args),
             Some(Command::Verify(args)) => admin::verify(file, &args),
@@ -122,6 +138,7 @@ impl Cli {
             Some(Command::Reload(daemon)) => admin::reload(file, &daemon),
             Some(Command::Teardown(args)) => teardown::run(file, &args),
             Some(Command::Page(args)) => page::run(file, &args),
+            Some(Command::Support(args)) => support::run(file, &args),
             Some(Command::Config) => config::run(file),
         };
         match done {

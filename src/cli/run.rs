@@ -1,10 +1,9 @@
 //! `prefetchd run`: runs the daemon in the foreground until a signal. The demo runs the same way.
 
-use super::{EX_CONFIG, Failure, RUNTIME_PATIENCE, demo, runtime};
+use super::{Failure, RUNTIME_PATIENCE, demo, exit_code, runtime};
 use crate::bridge::BridgeError;
 use crate::config::{Config, LogFormat, LogSettings};
 use crate::daemon;
-use crate::error::Disposition;
 use crate::progress::resume::Adopt;
 use crate::reload::Reread;
 use crate::telemetry;
@@ -40,7 +39,7 @@ pub(super) fn run(file: Option<&Path>, args: &RunArgs) -> Result<(), Failure> {
                 BridgeError::NotDrained(_) => tracing::warn!("{error}"),
                 _ => tracing::error!("{error}"),
             }
-            Failure { code: code(error.disposition()), message: None }
+            Failure { code: exit_code(error.disposition()), message: None }
         })
     })
 }
@@ -51,15 +50,8 @@ pub(super) fn demo(args: demo::Args) -> Result<(), Failure> {
     until_a_signal(async |stop| {
         demo::run(args, stop)
             .await
-            .map_err(|error| Failure { code: code(error.disposition()), message: Some(error.to_string()) })
+            .map_err(|error| Failure { code: exit_code(error.disposition()), message: Some(error.to_string()) })
     })
-}
-
-fn code(disposition: Disposition) -> u8 {
-    match disposition {
-        Disposition::Stop => EX_CONFIG,
-        Disposition::Retry | Disposition::Reload => 1,
-    }
 }
 
 /// Runs the work on a new runtime, with a token that SIGTERM or SIGINT cancels.

@@ -3,6 +3,7 @@
 use super::client::Client;
 use super::{Failure, aligned, print, printable};
 use crate::telemetry::has_colours;
+use crate::words::counted;
 use clap::Args;
 use serde_json::Value;
 use std::fmt::Write as _;
@@ -70,6 +71,19 @@ impl<'a> Shown<'a> {
         self.0.pointer(path).and_then(Value::as_f64).map_or("-".to_owned(), |number| format!("{number:.1}"))
     }
 
+    /// `1 row`, `2 rows`, `- rows`.
+    fn counted(self, path: &str, one: &str) -> String {
+        match self.0.pointer(path).and_then(Value::as_u64) {
+            Some(count) => counted(count, one),
+            None => format!("- {one}s"),
+        }
+    }
+
+    /// Whether it has read what Redis has. Before that, no count of it is known.
+    fn is_known(self) -> bool {
+        self.0.pointer("/lsn/applied").is_some_and(|lsn| !lsn.is_null())
+    }
+
     fn bytes(self, path: &str) -> Option<String> {
         let bytes = self.0.pointer(path)?.as_u64()?;
         Some(bytesize::ByteSize(bytes).display().si().to_string())
@@ -130,8 +144,14 @@ fn reasons(status: Shown<'_>, ready: &Value) -> String {
 /// Where it stands, and what it has done since its start.
 fn figures(status: Shown<'_>) -> String {
     let (at, rounded) = (|path: &str| status.at(path), |path: &str| status.rounded(path));
-    let kept = status.bytes("/slot/retained_bytes").unwrap_or("-".to_owned());
-    let limit = status.bytes("/slot/limit_bytes").map_or("without limit".to_owned(), |bytes| format!("of {bytes}"));
+    let slot = match (status.bytes("/slot/retained_bytes"), status.bytes("/slot/limit_bytes")) {
+        (None, _) => "-".to_owned(),
+        (Some(kept), None) => format!("keeps {kept} of WAL, without limit"),
+        (Some(kept), Some(limit)) => format!("keeps {kept} of WAL, of {limit}"),
+    };
+    let misses = if status.0["misses"] == 1 { "miss" } else { "misses" };
+    // Before it has read them from Redis, those of an earlier run are not counted.
+    let dead = if status.is_known() { status.counted("/dead_letters", "dead letter") } else { "- dead letters".into() };
     let rate = status.bytes("/load_rate/bytes_a_second");
     let rate = rate.map_or(String::new(), |rate| format!(" at up to {rate} a second"));
     let lines = [
@@ -151,18 +171,23 @@ fn figures(status: Shown<'_>) -> String {
             at("/lsn/received"),
             at("/lsn/server")
         ),
-        format!("lag        {} bytes, {} s", at("/lag/bytes"), rounded("/lag/seconds")),
-        format!("slot       keeps {kept} of WAL, {limit}"),
+        format!("lag        {}, {} s", status.counted("/lag/bytes", "byte"), rounded("/lag/seconds")),
+        format!("slot       {slot}"),
         format!(
-            "sync       {} changes; commit to Redis: {} ms on average, {} ms p50, {} ms p99 of {}",
-            at("/sync_events_applied"),
+            "sync       {}; commit to Redis: {} ms on average, {} ms p50, {} ms p99 of {}",
+            status.counted("/sync_events_applied", "change"),
             rounded("/sync_lag_ms/avg"),
             rounded("/sync_lag_ms/p50"),
             rounded("/sync_lag_ms/p99"),
             at("/sync_lag_ms/count")
         ),
-        format!("reads      {} hits, {} misses, hit rate {} %", at("/hits"), at("/misses"), rounded("/hit_rate_pct")),
-        format!("postgres   {} tables read{rate}, {} dead letters", at("/primary_reads"), at("/dead_letters")),
+        format!(
+            "reads      {}, {} {misses}, hit rate {} %",
+            status.counted("/hits", "hit"),
+            at("/misses"),
+            rounded("/hit_rate_pct")
+        ),
+        format!("postgres   {} read{rate}, {dead}", status.counted("/primary_reads", "table")),
     ];
     lines.join("\n") + "\n"
 }
@@ -174,26 +199,28 @@ fn history(status: Shown<'_>) -> String {
     if status.0["last_load"].is_object() {
         let _ = writeln!(
             out,
-            "last load  {} rows in {} ms at {}: {}",
-            at("/last_load/rows"),
+            "last load  {} in {} ms at {}: {}",
+            status.counted("/last_load/rows", "row"),
             at("/last_load/elapsed_ms"),
             at("/last_load/lsn"),
             at("/last_load/reason")
         );
     }
     let _ = match &status.0["last_verify"] {
-        Value::Null => writeln!(out, "verified   never"),
+        Value::Null => writeln!(out, "verified   {}", if status.is_known() { "never" } else { "-" }),
         // Of a verification before the daemon's last start only the time is known.
         last if last["rows"].is_null() => writeln!(out, "verified   {}", at("/last_verify/at")),
         last => writeln!(
             out,
-            "verified   {}: {} rows, {} missing, {} stale, {} orphaned{}, {} repaired",
+            "verified   {}: {}, {} missing, {} stale, {} orphaned{}, {} repaired",
             at("/last_verify/at"),
-            at("/last_verify/rows"),
+            status.counted("/last_verify/rows", "row"),
             at("/last_verify/missing"),
             at("/last_verify/stale"),
             at("/last_verify/orphaned"),
-            last["lookups"].as_u64().map_or(String::new(), |members| format!(", {members} members of lookups")),
+            last["lookups"]
+                .as_u64()
+                .map_or(String::new(), |members| format!(", {} of lookups", counted(members, "member"))),
             at("/last_verify/repaired")
         ),
     };
@@ -234,7 +261,12 @@ fn tables(status: Shown<'_>) -> String {
 fn table_state(table: Shown<'_>) -> String {
     match &table.0["state"] {
         Value::String(state) if table.0["loading"].is_object() => {
-            format!("{} {} of {}", printable(state), table.at("/loading/rows"), table.at("/loading/estimated"))
+            // Without statistics there is no estimate.
+            let estimated = match table.0["loading"]["estimated"].as_u64() {
+                Some(0) | None => "-".to_owned(),
+                Some(estimated) => estimated.to_string(),
+            };
+            format!("{} {} of {estimated}", printable(state), table.at("/loading/rows"))
         }
         Value::String(state) => printable(state),
         _ if table.is("/loaded") => "loaded".to_owned(),
@@ -306,5 +338,35 @@ mod tests {
             assert!(report.contains(part), "{part}: {report}");
         }
         super::report("http://h", &Value::Null, &Value::Null, false);
+    }
+
+    #[test]
+    fn what_is_not_known_is_a_dash_and_one_is_singular() {
+        let status = json!({
+            "state": "connecting", "lsn": {"applied": null}, "slot": {"retained_bytes": null, "limit_bytes": null},
+            "hits": 1, "misses": 1, "primary_reads": 1, "dead_letters": 0, "sync_events_applied": 1,
+            "last_load": {"rows": 1, "elapsed_ms": 1, "lsn": "0/1A", "reason": "first start"}, "last_verify": null,
+            "tables": [{"name": "b", "state": "loading", "loading": {"rows": 3, "estimated": 0}}],
+        });
+        let of = |status: &Value| report("http://h", status, &json!({"ready": false}), false);
+        let text = of(&status);
+        for part in [
+            "slot       -\n",
+            "verified   -\n",
+            "1 table read, - dead letters\n",
+            "lag        - bytes, - s\n",
+            "1 hit, 1 miss, hit rate - %\n",
+            "sync       1 change; ",
+            "last load  1 row in",
+            "loading 3 of -",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        let mut known = status.clone();
+        (known["lsn"]["applied"], known["slot"]["retained_bytes"]) = ("0/1A".into(), 5.into());
+        let text = of(&known);
+        for part in ["verified   never\n", "1 table read, 0 dead letters\n", "keeps 5 B of WAL, without limit\n"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
     }
 }

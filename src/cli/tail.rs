@@ -7,8 +7,9 @@ use super::client::Client;
 use super::{Failure, print, printable, runtime, say};
 use crate::telemetry::has_colours;
 use clap::Args;
+use rustix::termios::tcgetwinsize;
 use serde_json::Value;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, IsTerminal, Read};
 use std::path::Path;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -45,7 +46,8 @@ pub(super) fn run(file: Option<&Path>, args: &TailArgs) -> Result<(), Failure> {
     })
 }
 
-/// Reconnects forever. Returns only if nothing reads the output any more, or if the table does not exist.
+/// Reconnects forever once it has been connected. Returns only if nothing reads the output any more, if the table does not
+/// exist, or if no daemon is there at the start.
 fn follow(client: &Client, view: &mut View) -> Result<(), Failure> {
     let mut said = String::new();
     let mut connected_before = false;
@@ -58,13 +60,24 @@ fn follow(client: &Client, view: &mut View) -> Result<(), Failure> {
                 connected_before = true;
                 said.clear();
                 let ended = read(BufReader::new(answer.body_mut().as_reader()), |event| {
+                    // It may have changed since the last line.
+                    view.width = terminal_width();
                     let line = view.line(event)?;
                     line.map_or(Ok(()), |line| print(&line))
                 })?;
                 format!("{} ended the stream{ended}", client.base)
             }
-            Ok(answer) => format!("{}/v1/events answered {}", client.base, answer.status()),
-            Err(why) => why,
+            // It has too many streams, or is stopping.
+            Ok(answer) if connected_before || answer.status().as_u16() == 503 => {
+                format!("{}/v1/events answered {}", client.base, answer.status())
+            }
+            Err(why) if connected_before => why,
+            Ok(answer) => {
+                let status = answer.status();
+                let text = format!("{}/v1/events answered {status}: is prefetchd running there?", client.base);
+                return Err(Failure::work(text));
+            }
+            Err(why) => return Err(Failure::work(format!("{why}: start the daemon, or say where it is with --url"))),
         };
         if said != why {
             say(&format!("prefetchd: {why}; trying again"));
@@ -119,11 +132,49 @@ fn read(mut stream: impl BufRead, mut on: impl FnMut(&Event) -> Result<(), Failu
     }
 }
 
+/// The columns of the terminal that the lines go to; `None` if they go elsewhere.
+fn terminal_width() -> Option<usize> {
+    let out = io::stdout();
+    let size = out.is_terminal().then(|| tcgetwinsize(&out).ok()).flatten()?;
+    Some(usize::from(size.ws_col)).filter(|columns| *columns > 0)
+}
+
+/// The columns that a character takes at most. Many outside ASCII take two.
+fn columns_of(c: char) -> usize {
+    if c.is_ascii() || c == '…' { 1 } else { 2 }
+}
+
+fn columns(text: &str) -> usize {
+    text.chars().map(columns_of).sum()
+}
+
+/// Text that takes at most so many columns, and ends in `…` where something is cut off.
+fn cut(text: &str, most: usize) -> String {
+    if columns(text) <= most {
+        return text.to_owned();
+    }
+    let mut left = most.saturating_sub(1);
+    let mut fits = |c: &char| {
+        let fits = columns_of(*c) <= left;
+        left = left.saturating_sub(columns_of(*c));
+        fits
+    };
+    text.chars().take_while(|c| fits(c)).chain(['…']).collect()
+}
+
+/// Text that takes at least so many columns.
+fn padded(text: String, least: usize) -> String {
+    let missing = least.saturating_sub(columns(&text));
+    text + &" ".repeat(missing)
+}
+
 /// Formats events as lines.
 struct View {
     only: Option<String>,
     json: bool,
     colours: bool,
+    /// A line takes no more columns, as it would wrap.
+    width: Option<usize>,
     /// The widest so far: columns grow and never shrink.
     table_width: usize,
     key_width: usize,
@@ -131,7 +182,7 @@ struct View {
 
 impl View {
     fn new(only: Option<String>, json: bool, colours: bool) -> Self {
-        Self { only, json, colours, table_width: 0, key_width: 24 }
+        Self { only, json, colours, width: None, table_width: 0, key_width: 24 }
     }
 
     fn line(&mut self, event: &Event) -> Result<Option<String>, Failure> {
@@ -173,14 +224,24 @@ impl View {
         let lag = change["lag_ms"].as_f64().map_or("-".to_owned(), |ms| format!("{ms:.1} ms"));
         self.table_width = self.table_width.max(table.chars().count());
         self.key_width = self.key_width.max(key.chars().count()).min(60);
-        let (table_width, key_width) = (self.table_width, self.key_width);
+        let table_width = self.table_width;
+        let (mut key, mut key_width) = (key, self.key_width);
+        if let Some(width) = self.width {
+            // What else is on the line: time, table, operation and lag, and the space between them.
+            let beside = 13 + table_width.max(columns(&table)) + op.len().max(8) + lag.len().max(10) + 4 * 2;
+            let Some(most) = width.checked_sub(beside).filter(|most| *most > 0) else {
+                return cut(&format!("{time}  {table}  {op}  {key}  {lag}"), width) + "\n";
+            };
+            (key, key_width) = (cut(&key, most), key_width.min(most));
+        }
         let (dim, colour, reset) = match (self.colours, op.as_str()) {
             (false, _) => ("", "", ""),
             (true, "upsert") => ("\u{1b}[2m", "\u{1b}[32m", "\u{1b}[0m"),
             (true, "delete") => ("\u{1b}[2m", "\u{1b}[31m", "\u{1b}[0m"),
             (true, _) => ("\u{1b}[2m", "\u{1b}[33m", "\u{1b}[0m"),
         };
-        format!("{dim}{time:<13}{reset}  {table:<table_width$}  {colour}{op:<8}{reset}  {key:<key_width$}  {lag:>10}\n")
+        let (table, key) = (padded(table, table_width), padded(key, key_width));
+        format!("{dim}{time:<13}{reset}  {table}  {colour}{op:<8}{reset}  {key}  {lag:>10}\n")
     }
 }
 
@@ -230,6 +291,26 @@ mod tests {
         assert!(
             shown(&mut View::new(None, false, true), "change", CHANGE).expect("a line").contains("\u{1b}[32mupsert")
         );
+    }
+
+    #[test]
+    fn no_line_is_wider_than_the_terminal() {
+        for key in
+            ["short", "cache:category:a-rather-long-key-that-has-no-place", "cache:日本語日本語日本語日本語日本語"]
+        {
+            for width in 1..120 {
+                let mut view = View::new(None, false, false);
+                view.width = Some(width);
+                let line = shown(&mut view, "change", &CHANGE.replace("cache:category:cat-001", key)).expect("a line");
+                assert!(columns(line.trim_end()) <= width, "{width}: {line}");
+                assert!(line.contains(key) || line.contains('…'), "{width}: {line}");
+                assert!(width < 80 || line.contains("1.2 ms"), "{width}: {line}");
+            }
+        }
+        let mut view = View::new(None, false, false);
+        view.width = Some(70);
+        let line = shown(&mut view, "change", &CHANGE.replace("cat-001", "cat-001-and-more")).expect("a line");
+        assert_eq!(line, "12:34:56.789Z  categories  upsert    cache:category:cat-0…      1.2 ms\n");
     }
 
     #[test]

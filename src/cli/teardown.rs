@@ -22,6 +22,7 @@ use crate::source::SourceError;
 use crate::source::connect::{self, PostgresClient};
 use crate::source::slot;
 use crate::source::wire::ReplicationConnection;
+use crate::words::counted;
 use clap::Args;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -195,7 +196,8 @@ impl Cache {
         let marks = self.writer.marks().len();
         if marks > 0 {
             let pattern = every_mark(&config.postgres.slot);
-            say(&format!("marks of {marks} hash slots, {pattern}: stay, without a TTL"))?;
+            let marks = counted(marks, "hash slot");
+            say(&format!("marks of {marks}, {pattern}: stay, without a TTL"))?;
         }
         say("to remove the keys from Redis as well: prefetchd teardown --keys")
     }
@@ -272,9 +274,9 @@ fn say(line: &str) -> Result<(), Failure> {
 }
 
 fn postgres(error: SourceError) -> Failure {
-    Failure::work(format!("postgres: {error}"))
+    Failure::of(error.disposition(), format!("postgres: {error}"))
 }
 
 fn redis(error: SinkError) -> Failure {
-    Failure::work(format!("redis: {error}; run this again once that is fixed"))
+    Failure::of(error.disposition(), format!("redis: {error}; run this again once that is fixed"))
 }

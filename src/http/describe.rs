@@ -7,7 +7,7 @@
 use super::app::App;
 use super::refusal::{Misdirected, Problem, ReadRefused};
 use super::render::{List, Rows};
-use super::{admin, demo, events, history, ops};
+use super::{admin, demo, events, history, log, ops};
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
@@ -42,6 +42,7 @@ use utoipa::{Modify, OpenApi};
         admin::clear,
         admin::skip,
         admin::reload,
+        log::log,
         demo::action,
         openapi,
         page,

@@ -15,6 +15,7 @@ mod file;
 mod guesses;
 mod history;
 mod list;
+mod log;
 mod names;
 mod ops;
 mod page;
@@ -96,7 +97,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/openapi.json", get(describe::openapi))
         .merge(page::routes(&app))
         .route_layer(from_fn_with_state(Arc::clone(&app), known_name));
-    let work = reads.merge(admin::routes(&app)).merge(demo::routes(&app));
+    let work = reads.merge(admin::routes(&app)).merge(log::routes(&app)).merge(demo::routes(&app));
     Router::new()
         // For monitoring, under any host name and under any load; they contain no rows.
         .route("/healthz", get(ops::healthz))

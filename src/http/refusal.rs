@@ -70,7 +70,10 @@ pub enum Refusal {
          refetch {0}"
     )]
     UnlistedDeadLetters(String),
-    #[error("{applied} is applied, {wanted} is not, after {waited}: ask with a longer wait, or read from Postgres")]
+    #[error(
+        "{applied} is applied, {wanted} is not, after {waited}: ask again with a longer wait (at most 30s), or take the row as it is by \
+         asking without min_lsn"
+    )]
     Lagging { applied: String, wanted: String, waited: String },
     /// All capacity is taken; this request is refused instead of being queued.
     #[error("{0}")]
@@ -247,6 +250,31 @@ pub(super) enum OperationRefused {
     /// stays as it is.
     #[response(status = 503)]
     Unavailable(#[to_schema] Problem),
+}
+
+/// Of an operation that needs neither the stream nor a table.
+#[derive(IntoResponses)]
+#[allow(dead_code, reason = "a description")]
+pub(super) enum NotAllowed {
+    /// `bad_request`: the message says what is wrong.
+    #[response(status = 400)]
+    Bad(#[to_schema] Problem),
+    /// `unauthorized`: without the token, or with another.
+    #[response(status = 401)]
+    NoToken(#[to_schema] Problem),
+    /// `foreign_origin`. `admin_disabled`: with the token that `run` made, through a proxy or under a foreign `Host`; or
+    /// there is none.
+    #[response(status = 403)]
+    Forbidden(#[to_schema] Problem),
+    /// `request_timeout`: the body did not come in time.
+    #[response(status = 408)]
+    Slow(#[to_schema] Problem),
+    /// `body_too_large`
+    #[response(status = 413)]
+    Large(#[to_schema] Problem),
+    /// `unsupported_media_type`: JSON only.
+    #[response(status = 415)]
+    NotJson(#[to_schema] Problem),
 }
 
 #[derive(IntoResponses)]

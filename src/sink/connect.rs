@@ -715,15 +715,35 @@ async fn master_of(sentinels: &Sentinels, target: &RedisTarget) -> Result<HostPo
     let mut said: Vec<String> = Vec::new();
     // For all of them, because each has little time.
     let password = sentinels.password.read_for_login().await?;
+    let (mut refused, mut answered) = (0, 0);
     for at in &sentinels.at {
         match timeout(SENTINEL_TIMEOUT, ask_sentinel(at, sentinels, password.as_deref(), target)).await {
             Ok(Ok(Some(master))) => return Ok(master),
-            Ok(Ok(None)) => said.push(format!("{at} knows no master {:?}", sentinels.master)),
-            Ok(Err(why)) => said.push(format!("{at}: {why}")),
+            Ok(Ok(None)) => {
+                answered += 1;
+                said.push(format!("{at} knows no master {:?}", sentinels.master));
+            }
+            Ok(Err(NotAsked::Refused(why))) => {
+                refused += 1;
+                said.push(format!("{at}: {why}"));
+            }
+            Ok(Err(NotAsked::Away(why))) => said.push(format!("{at}: {why}")),
             Err(_) => said.push(format!("{at} did not answer within {SENTINEL_TIMEOUT:?}")),
         }
     }
-    Err(SinkError::NoMaster { master: sentinels.master.clone(), said: said.join("; ") })
+    let said = said.join("; ");
+    // Those that are away would hardly accept what the others refuse.
+    match (refused, answered) {
+        (1.., 0) => Err(SinkError::SentinelLogin { said }),
+        _ => Err(SinkError::NoMaster { master: sentinels.master.clone(), said }),
+    }
+}
+
+/// Why a Sentinel could not be asked for the master.
+enum NotAsked {
+    /// It refuses the login.
+    Refused(String),
+    Away(String),
 }
 
 async fn ask_sentinel(
@@ -731,23 +751,31 @@ async fn ask_sentinel(
     sentinels: &Sentinels,
     password: Option<&str>,
     target: &RedisTarget,
-) -> Result<Option<HostPort>, String> {
-    let stream = open_at(target, at).await.map_err(|error| error.to_string())?;
+) -> Result<Option<HostPort>, NotAsked> {
+    let stream = open_at(target, at).await.map_err(|error| NotAsked::Away(error.to_string()))?;
     let credentials = match (&sentinels.user, password) {
         (None, None) => None,
         (user, password) => Some((user.as_deref(), password.unwrap_or_default().to_owned())),
     };
     let login = Login { credentials, db: 0 };
-    let mut connection = Connection::over(stream, login, REPLY_BYTES).await.map_err(|error| error.to_string())?;
+    let connected = Connection::over(stream, login, REPLY_BYTES).await;
+    let mut connection = connected.map_err(|error| match error {
+        NotLoggedIn::Refused { .. } => NotAsked::Refused(error.to_string()),
+        NotLoggedIn::Link(_) => NotAsked::Away(error.to_string()),
+    })?;
     let mut question = redis::cmd("SENTINEL");
     question.arg("GET-MASTER-ADDR-BY-NAME").arg(&sentinels.master);
     let answered: Result<Option<(String, u16)>, RedisError> = question.query_async(&mut connection.link).await;
     let answer = answered.map_err(|error| match error.code() {
         Some(code) => {
             let line = format!("{code} {}", error.detail().unwrap_or_default());
-            ErrorReply::received(line.as_bytes()).without(&question.get_packed_command(), password).to_string()
+            let reply = ErrorReply::received(line.as_bytes()).without(&question.get_packed_command(), password);
+            match reply.class() {
+                Class::Login => NotAsked::Refused(reply.to_string()),
+                _ => NotAsked::Away(reply.to_string()),
+            }
         }
-        None => error.category().to_owned(),
+        None => NotAsked::Away(error.category().to_owned()),
     })?;
     Ok(answer.map(|(host, port)| HostPort { host, port }))
 }

@@ -13,6 +13,7 @@ use super::server::{Life, life_in, value_in};
 use super::{Class, Request, SinkError, error_reply, failed};
 use crate::command::Key;
 use crate::resp::batch::OwnKeys;
+use crate::words::counted;
 use bytes::Bytes;
 use redis::{Cmd, Pipeline, RedisError, ServerError, Value};
 use std::fmt;
@@ -160,10 +161,11 @@ impl Syncer {
             Durability::Replicas(wanted) => {
                 let connected = self.info("replication", "connected_slaves").await;
                 match connected.and_then(|count| count.parse::<u32>().ok()) {
-                    Some(connected) if connected < wanted => Err(self.cannot(
-                        format!("{connected} replicas are connected"),
-                        "connect replicas, or ask for fewer in redis.durability",
-                    )),
+                    Some(connected) if connected < wanted => {
+                        let are = if connected == 1 { "is" } else { "are" };
+                        let fact = format!("{} {are} connected", counted(connected, "replica"));
+                        Err(self.cannot(fact, "connect replicas, or ask for fewer in redis.durability"))
+                    }
                     Some(_) | None => Ok(()),
                 }
             }

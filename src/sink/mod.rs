@@ -56,6 +56,8 @@ pub enum SinkError {
     Tls { redis: String, error: io::Error },
     #[error("no Sentinel names a master {master:?}: {said}")]
     NoMaster { master: String, said: String },
+    #[error("no Sentinel accepts the login: {said}; check sentinel_user and sentinel_password in redis.url")]
+    SentinelLogin { said: String },
     #[error("no node of the Redis cluster in redis.url answers: {said}")]
     NoTopology { said: String },
     #[error("no node of the Redis cluster at {redis} serves hash slot {lane}: assign it to a node (CLUSTER ADDSLOTS)")]
@@ -210,6 +212,7 @@ impl SinkError {
             | SinkError::ForeignKey { .. }
             | SinkError::NotDurable { .. }
             | SinkError::TooLarge(_)
+            | SinkError::SentinelLogin { .. }
             | SinkError::Client(_) => Disposition::Stop,
             SinkError::Forbidden { .. } | SinkError::Unavailable { .. } => Disposition::Stop,
             SinkError::HungUp { reply, .. } => match reply.class() {

@@ -6,7 +6,7 @@
 //! unnoticed until a batch needs it. Only code words decide; the text of a `NOPERM` merely shapes the advice.
 
 use super::bounds::REPLY_BYTES;
-use super::connect::{self, CONNECT_TIMEOUT, Connection, HostPort, RedisTarget, Stream};
+use super::connect::{self, Address, CONNECT_TIMEOUT, Connection, HostPort, RedisTarget, Stream};
 use super::durability::Durability;
 use super::missing_rights::Missing;
 use super::server::{self, ServerInfo, value_in};
@@ -15,9 +15,10 @@ use super::{Class, ErrorReply, Request, SinkError, error_reply, failed};
 use crate::lanes::tags::{every_mark, unused_key};
 use crate::lanes::{Lane, hash_tag};
 use crate::resp::batch::OwnKeys;
-use futures_util::future::try_join_all;
+use futures_util::future::{join_all, try_join_all};
 use redis::{Cmd, Pipeline, RedisError, Value};
 use std::collections::{BTreeMap, HashSet};
+use std::fmt::Write as _;
 use tokio::time::timeout;
 
 /// The result of trying every command.
@@ -176,6 +177,31 @@ impl Keeping {
     }
 }
 
+/// What a report of a problem needs to know of a server: sections of INFO that name no key, and settings.
+const REPORTED_SECTIONS: [&str; 5] = ["server", "memory", "persistence", "replication", "stats"];
+const REPORTED_SETTINGS: [&str; 6] = [
+    "maxmemory",
+    "maxmemory-policy",
+    "appendonly",
+    "client-output-buffer-limit",
+    "client-query-buffer-limit",
+    "proto-max-bulk-len",
+];
+
+/// Describes each server, by its address: of a cluster, every master. Instead of what is denied, it says so.
+pub async fn report(target: &RedisTarget) -> Result<Vec<(String, Result<String, SinkError>)>, SinkError> {
+    let Address::Cluster(_) = &target.address else {
+        let survey = Survey::connect(target).await?;
+        return Ok(vec![(target.to_string(), survey.report().await)]);
+    };
+    let topology = Topology::discover(target).await?;
+    let of_nodes = topology.nodes().iter().map(async |node| {
+        let report = async { Survey::connect_to(target, &node.at).await?.report().await };
+        (node.at.to_string(), report.await)
+    });
+    Ok(join_all(of_nodes).await)
+}
+
 pub struct Survey {
     target: RedisTarget,
     connection: Connection,
@@ -233,6 +259,33 @@ impl Survey {
     pub async fn keeping(&mut self) -> Result<Keeping, SinkError> {
         let (settings, info) = self.reported().await?;
         Ok(Keeping::of(&settings, &info))
+    }
+
+    async fn report(mut self) -> Result<String, SinkError> {
+        let info = REPORTED_SECTIONS.map(|section| redis::cmd("INFO").arg(section).to_owned());
+        // Before Redis 7.0, CONFIG GET takes one setting.
+        let settings = REPORTED_SETTINGS.map(|name| redis::cmd("CONFIG").arg("GET").arg(name).to_owned());
+        let asked: Vec<Cmd> = info.into_iter().chain(settings).collect();
+        let replies = self.ask(asked.iter().cloned()).await?;
+        let names = REPORTED_SECTIONS.iter().map(|name| ("INFO", name));
+        let names = names.chain(REPORTED_SETTINGS.iter().map(|name| ("CONFIG GET", name)));
+        let mut out = String::new();
+        for (((command, name), sent), reply) in names.zip(&asked).zip(replies) {
+            let _ = match reply {
+                Value::ServerError(error) => {
+                    let reply = error_reply(&self.target, &sent.get_packed_command(), &error);
+                    writeln!(out, "{command} {name}: refused, {reply}")
+                }
+                reply if command == "INFO" => {
+                    writeln!(out, "{}", redis::from_redis_value::<String>(reply).unwrap_or_default().trim_end())
+                }
+                reply => {
+                    let settings: BTreeMap<String, String> = redis::from_redis_value(reply).unwrap_or_default();
+                    writeln!(out, "{name} = {}", settings.get(*name).map_or("-", String::as_str))
+                }
+            };
+        }
+        Ok(out)
     }
 
     /// Returns some settings and INFO, both empty if they are denied.

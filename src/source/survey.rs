@@ -110,6 +110,47 @@ pub async fn sizes(
     })
 }
 
+/// What a report of a problem needs to know of the server.
+#[derive(Debug, Clone, Default)]
+pub struct Reported {
+    pub version: String,
+    /// `name = value unit`
+    pub settings: Vec<String>,
+    /// The slot's row of pg_replication_slots, as JSON.
+    pub slot: Option<String>,
+    pub published_tables: Vec<String>,
+}
+
+/// The settings that prefetchd depends on.
+const REPORTED_SETTINGS: &str = "'wal_level', 'max_replication_slots', 'max_wal_senders', 'max_connections', 'wal_sender_timeout', \
+     'max_slot_wal_keep_size', 'idle_replication_slot_timeout', 'logical_decoding_work_mem', 'wal_segment_size', \
+     'synchronous_commit', 'synchronous_standby_names', 'server_encoding', 'track_commit_timestamp'";
+
+/// Reads no row of any table.
+pub async fn report(client: &Client, slot: &str, publication: &str) -> Result<Reported, SourceError> {
+    let doing = "asking for what a report needs";
+    let sql = format!(
+        "SET LOCAL statement_timeout = {patience};
+         SELECT version();
+         SELECT name || ' = ' || setting || coalesce(' ' || unit, '') FROM pg_settings WHERE name IN ({REPORTED_SETTINGS})
+          ORDER BY name;
+         SELECT row_to_json(s)::text FROM pg_replication_slots s WHERE slot_name = {slot};
+         SELECT format('%I.%I', schemaname, tablename) FROM pg_publication_tables WHERE pubname = {publication}
+          ORDER BY schemaname, tablename",
+        patience = PATIENCE.as_millis(),
+        slot = escape_literal(slot),
+        publication = escape_literal(publication),
+    );
+    let results = look(client, doing, &sql).await?;
+    let column = |statement: usize| {
+        let rows = results.get(statement).into_iter().flatten();
+        rows.map(|row| Cells { doing, row }.text(0).map(str::to_owned)).collect::<Result<Vec<_>, _>>()
+    };
+    // The first is SET.
+    let (version, slot) = (column(1)?.pop().unwrap_or_default(), column(3)?.pop());
+    Ok(Reported { version, settings: column(2)?, slot, published_tables: column(4)? })
+}
+
 /// Returns milliseconds since the Unix epoch, by the server's clock.
 pub async fn time_ms(client: &Client) -> Result<i64, SourceError> {
     let doing = "asking for the time";

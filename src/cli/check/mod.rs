@@ -1,5 +1,5 @@
 //! `prefetchd check`: finds out whether the daemon could run with this configuration and these servers, one line per
-//! finding.
+//! finding. What is good is only counted, unless `--all` is given; problems come last.
 //!
 //! It uses the daemon's own connections, queries and rules, and changes nothing, so it may run next to a running
 //! daemon. If a server cannot be reached, checks that depend on it are skipped.
@@ -12,8 +12,13 @@ use super::client::Client;
 use super::{EX_CONFIG, Failure, print, printable, runtime};
 use crate::config::Config;
 use crate::error::Disposition;
+use crate::schema::TableSpec;
 use crate::source::SourceError;
 use crate::terminal;
+use crate::words::counted;
+use clap::Args;
+use std::collections::HashSet;
+use std::fmt::Write as _;
 use std::io::ErrorKind;
 use std::net::TcpListener;
 use std::path::Path;
@@ -22,7 +27,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// A larger difference between clocks is reported.
 const APART: Duration = Duration::from_secs(1);
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Level {
     Ok,
     Warn,
@@ -31,28 +36,61 @@ enum Level {
     Unreachable,
 }
 
-/// Counts the findings. Each is printed as soon as it is known.
+#[derive(Debug)]
+struct Finding {
+    level: Level,
+    /// One line.
+    text: String,
+    alike: Option<Alike>,
+}
+
+/// What makes findings about several objects one line.
+#[derive(Debug)]
+struct Alike {
+    /// Equal if only the objects' names differ.
+    kind: String,
+    /// Of this object.
+    name: String,
+}
+
+/// Up to this many findings that are alike have a line each, with a remedy that can be pasted.
+const ALIKE_SHOWN: usize = 3;
+/// Of more than that, so many further objects are named.
+const NAMES_SHOWN: usize = 3;
+
+/// Which findings are printed one by one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Detail {
+    /// At the end; what is good is only counted.
+    #[default]
+    Problems,
+    /// Each as soon as it is known. Problems are repeated at the end.
+    Everything,
+}
+
+/// What has been found so far.
 #[derive(Debug, Default)]
 struct Findings {
-    warned: usize,
-    failed: usize,
-    unreachable: usize,
+    detail: Detail,
+    all: Vec<Finding>,
 }
 
 impl Findings {
-    fn say(&mut self, level: Level, text: &str) -> Result<(), Failure> {
-        let word = match level {
-            Level::Ok => "ok  ",
-            Level::Warn => "warn",
-            Level::Fail | Level::Unreachable => "fail",
+    fn of(detail: Detail) -> Self {
+        Self { detail, all: Vec::new() }
+    }
+
+    fn add(&mut self, finding: Finding) -> Result<(), Failure> {
+        let printed = match self.detail {
+            Detail::Everything => print(&format!("{}\n", line(finding.level, &finding.text))),
+            Detail::Problems => Ok(()),
         };
-        match level {
-            Level::Ok => {}
-            Level::Warn => self.warned += 1,
-            Level::Fail => self.failed += 1,
-            Level::Unreachable => self.unreachable += 1,
-        }
-        print(&format!("{word}  {}\n", printable(text)))
+        self.all.push(finding);
+        printed
+    }
+
+    fn say(&mut self, level: Level, text: &str) -> Result<(), Failure> {
+        self.add(Finding { level, text: printable(text), alike: None })
     }
 
     fn ok(&mut self, text: impl AsRef<str>) -> Result<(), Failure> {
@@ -67,7 +105,19 @@ impl Findings {
         self.say(Level::Fail, text.as_ref())
     }
 
-    /// Returns `None` for an error, which is printed.
+    /// A finding that other objects may have as well. `kind` says what it is without the object's name.
+    fn alike(&mut self, level: Level, kind: String, name: &str, text: &str) -> Result<(), Failure> {
+        let alike = Alike { kind, name: printable(name) };
+        self.add(Finding { level, text: printable(text), alike: Some(alike) })
+    }
+
+    fn of_table(&mut self, level: Level, spec: &TableSpec, text: impl AsRef<str>) -> Result<(), Failure> {
+        let text = text.as_ref();
+        let kind = text.replace(&spec.table.to_string(), "");
+        self.alike(level, kind, &spec.name, &format!("table {}: {text}", spec.name))
+    }
+
+    /// Returns `None` for an error, which is a finding.
     fn of_postgres<T>(&mut self, result: Result<T, SourceError>) -> Result<Option<T>, Failure> {
         match result {
             Ok(value) => Ok(Some(value)),
@@ -78,23 +128,90 @@ impl Findings {
         }
     }
 
-    /// Prints the summary, and returns the exit code.
-    fn end(&self) -> Result<(), Failure> {
-        let of = |count: usize, one: &str| format!("{count} {one}{}", if count == 1 { "" } else { "s" });
-        let warned = if self.warned == 0 { String::new() } else { format!(", {}", of(self.warned, "warning")) };
-        match (self.failed, self.unreachable) {
-            (0, 0) => print(&format!("ready: no problems found{warned}\n")),
-            (0, away) => {
-                print(&format!("unknown: {} not reachable{warned}\n", of(away, "server")))?;
-                Err(Failure { code: 1, message: None })
+    fn count(&self, level: Level) -> usize {
+        self.all.iter().filter(|finding| finding.level == level).count()
+    }
+
+    /// The findings of these levels, in the order in which they were made. Of those that are alike, only a few.
+    fn lines(&self, levels: &[Level]) -> String {
+        let mut out = String::new();
+        let mut told: HashSet<(Level, &str)> = HashSet::new();
+        for finding in self.all.iter().filter(|finding| levels.contains(&finding.level)) {
+            let Finding { level, text, alike } = finding;
+            let kind = alike.as_ref().map(|alike| alike.kind.as_str());
+            let same = |other: &&Finding| {
+                other.level == *level && other.alike.as_ref().map(|alike| alike.kind.as_str()) == kind
+            };
+            let others: Vec<&Finding> = match kind {
+                Some(_) => self.all.iter().filter(same).skip(1).collect(),
+                None => Vec::new(),
+            };
+            let further = match kind {
+                Some(kind) if others.len() >= ALIKE_SHOWN => {
+                    if !told.insert((*level, kind)) {
+                        continue;
+                    }
+                    let names = others.iter().filter_map(|other| Some(other.alike.as_ref()?.name.as_str()));
+                    let names = names.take(NAMES_SHOWN).collect::<Vec<_>>().join(", ");
+                    let rest = if others.len() > NAMES_SHOWN { ", …" } else { "" };
+                    format!("; the same for {} more: {names}{rest} (--all shows each)", others.len())
+                }
+                _ => String::new(),
+            };
+            let _ = writeln!(out, "{}{further}", line(*level, text));
+        }
+        out
+    }
+
+    /// What has not been printed yet: what is good as one line, the problems, the worst last, and the summary.
+    fn report(&self) -> String {
+        let mut out = match (self.detail, self.count(Level::Ok)) {
+            (Detail::Problems, passed @ 1..) => {
+                let them = if passed == 1 { "it" } else { "them" };
+                line(Level::Ok, &format!("{} passed (--all shows {them})", counted(passed, "check"))) + "\n"
             }
+            _ => String::new(),
+        };
+        let problems = self.lines(&[Level::Warn]) + &self.lines(&[Level::Unreachable, Level::Fail]);
+        if self.detail == Detail::Everything && !problems.is_empty() {
+            out += "\n";
+        }
+        out + &problems + &self.summary() + "\n"
+    }
+
+    fn summary(&self) -> String {
+        let warned = match self.count(Level::Warn) {
+            0 => String::new(),
+            warned => format!(", {}", counted(warned, "warning")),
+        };
+        match (self.count(Level::Fail), self.count(Level::Unreachable)) {
+            (0, 0) => format!("ready: no problems found{warned}"),
+            (0, away) => format!("unknown: {} not reachable{warned}", counted(away, "server")),
             (failed, away) => {
-                let away = if away == 0 { String::new() } else { format!(", {} not reachable", of(away, "server")) };
-                print(&format!("not ready: {} must be fixed{away}{warned}\n", of(failed, "problem")))?;
-                Err(Failure { code: EX_CONFIG, message: None })
+                let away =
+                    if away == 0 { String::new() } else { format!(", {} not reachable", counted(away, "server")) };
+                format!("not ready: {} must be fixed{away}{warned}", counted(failed, "problem"))
             }
         }
     }
+
+    /// The exit code, where it is not 0.
+    fn outcome(&self) -> Result<(), Failure> {
+        match (self.count(Level::Fail), self.count(Level::Unreachable)) {
+            (0, 0) => Ok(()),
+            (0, _) => Err(Failure { code: 1, message: None }),
+            (_, _) => Err(Failure { code: EX_CONFIG, message: None }),
+        }
+    }
+}
+
+fn line(level: Level, text: &str) -> String {
+    let word = match level {
+        Level::Ok => "ok  ",
+        Level::Warn => "warn",
+        Level::Fail | Level::Unreachable => "fail",
+    };
+    format!("{word}  {text}")
 }
 
 fn level(disposition: Disposition) -> Level {
@@ -104,8 +221,14 @@ fn level(disposition: Disposition) -> Level {
     }
 }
 
-pub(super) fn run(file: Option<&Path>) -> Result<(), Failure> {
-    let mut findings = Findings::default();
+#[derive(Debug, Args)]
+pub(super) struct CheckArgs {
+    /// Print every finding, also what is good
+    #[arg(long)]
+    all: bool,
+}
+
+pub(super) fn run(file: Option<&Path>, args: &CheckArgs) -> Result<(), Failure> {
     let config = match Config::load(file) {
         Ok(config) => config,
         Err(error) => {
@@ -114,19 +237,42 @@ pub(super) fn run(file: Option<&Path>) -> Result<(), Failure> {
             return Err(Failure { code: EX_CONFIG, message: None });
         }
     };
+    let mut findings = Findings::of(if args.all { Detail::Everything } else { Detail::Problems });
+    runtime()?.block_on(look(&config, &mut findings))?;
+    print(&findings.report())?;
+    findings.outcome()
+}
+
+async fn look(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
     let names: Vec<&str> = config.tables.iter().map(|t| t.name.as_str()).collect();
-    findings.ok(format!("configuration: valid, tables {}", names.join(", ")))?;
+    findings.ok(format!("configuration: valid, tables {}", first_of(&names)))?;
     for warning in &config.warnings {
         findings.warn(format!("configuration: {warning}"))?;
     }
-    listen(&config, &mut findings)?;
-    exposure::look(&config, &mut findings)?;
-    let runtime = runtime()?;
-    runtime.block_on(async {
-        let redis = sink::look(&config, &mut findings).await?;
-        source::look(&config, redis.as_ref(), &mut findings).await
-    })?;
-    findings.end()
+    listen(config, findings)?;
+    exposure::look(config, findings)?;
+    let redis = sink::look(config, findings).await?;
+    source::look(config, redis.as_ref(), findings).await
+}
+
+/// Every finding and the summary, for a report.
+pub(super) async fn everything(config: &Config) -> String {
+    let mut findings = Findings::default();
+    // Only printing fails, and nothing is printed.
+    let _ = look(config, &mut findings).await;
+    let lines = findings.all.iter().map(|finding| line(finding.level, &finding.text) + "\n");
+    lines.collect::<String>() + &findings.summary() + "\n"
+}
+
+/// More names than these make no line that can be read.
+const NAMES_IN_A_LINE: usize = 20;
+
+fn first_of(names: &[&str]) -> String {
+    let shown = names.iter().take(NAMES_IN_A_LINE).copied().collect::<Vec<_>>().join(", ");
+    match names.len().saturating_sub(NAMES_IN_A_LINE) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
 }
 
 fn listen(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
@@ -143,6 +289,11 @@ fn listen(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
             Listening::Same => {
                 findings.ok(format!("http: a prefetchd with slot {} listens on {listen}", config.postgres.slot))?;
             }
+            Listening::Silent => findings.warn(format!(
+                "http: a prefetchd that does not tell its slot now listens on {listen}: run check again later, and make sure \
+                 that it is the one with slot {}",
+                config.postgres.slot
+            ))?,
             Listening::Starting => findings.warn(format!(
                 "http: a prefetchd that has not reached postgres yet listens on {listen}: make sure that it is the one with slot {}",
                 config.postgres.slot
@@ -170,13 +321,21 @@ enum Listening {
     Same,
     /// A prefetchd that does not report its slot yet.
     Starting,
+    /// Alive, but too busy to report its status, or stopping.
+    Silent,
     Other(&'static str),
 }
 
 fn who_listens(config: &Config) -> Result<Listening, Failure> {
-    let Ok((status, _)) = Client::of_a_stranger(config.http.listen)?.json("/v1/status", &[200]) else {
+    let client = Client::of_a_stranger(config.http.listen)?;
+    let Ok((status, _)) = client.json("/v1/status", &[200, 503]) else {
         return Ok(Listening::Other("another program"));
     };
+    // Its health is told under any load, as opposed to its status.
+    let is_alive = || client.json("/healthz", &[200]).is_ok_and(|(health, _)| health["status"] == "ok");
+    if status["error"].is_string() && is_alive() {
+        return Ok(Listening::Silent);
+    }
     Ok(match status["source"]["slot"].as_str() {
         Some(slot) if slot == config.postgres.slot.as_str() => Listening::Same,
         Some(_) => Listening::Other("a prefetchd with another slot"),
@@ -247,9 +406,9 @@ mod tests {
     fn after(findings: &[Level]) -> Option<u8> {
         let mut all = Findings::default();
         for level in findings {
-            all.say(*level, "a finding").expect("stdout is there");
+            all.say(*level, "a finding").expect("nothing is printed");
         }
-        all.end().err().map(|failure| failure.code)
+        all.outcome().err().map(|failure| failure.code)
     }
 
     #[test]
@@ -266,6 +425,45 @@ mod tests {
     }
 
     #[test]
+    fn what_is_good_is_counted_and_the_worst_comes_last() {
+        let mut findings = Findings::default();
+        for (level, text) in [(Level::Fail, "a"), (Level::Ok, "b"), (Level::Warn, "c"), (Level::Ok, "d")] {
+            findings.say(level, text).expect("nothing is printed");
+        }
+        let report = "ok    2 checks passed (--all shows them)\nwarn  c\nfail  a\n\
+                      not ready: 1 problem must be fixed, 1 warning\n";
+        assert_eq!(findings.report(), report);
+        let mut one = Findings::default();
+        one.ok("a").expect("nothing is printed");
+        assert_eq!(one.report(), "ok    1 check passed (--all shows it)\nready: no problems found\n");
+    }
+
+    #[test]
+    fn findings_that_are_alike_become_one_line() {
+        let report = |tables: usize| {
+            let mut findings = Findings::default();
+            for n in 1..=tables {
+                let text = format!("table t{n}: no key in t{n}");
+                findings.alike(Level::Fail, "no key".to_owned(), &format!("t{n}"), &text).expect("nothing is printed");
+            }
+            findings.alike(Level::Warn, "no key".to_owned(), "x", "table x: other").expect("nothing is printed");
+            findings.report()
+        };
+        for few in 0..=ALIKE_SHOWN {
+            assert_eq!(report(few).matches("fail  table t").count(), few);
+        }
+        assert!(
+            report(4).contains("fail  table t1: no key in t1; the same for 3 more: t2, t3, t4 (--all shows each)\n")
+        );
+        let many = report(300);
+        assert!(
+            many.contains("fail  table t1: no key in t1; the same for 299 more: t2, t3, t4, … (--all shows each)\n")
+        );
+        assert!(many.contains("warn  table x: other\n") && many.ends_with("300 problems must be fixed, 1 warning\n"));
+        assert_eq!(many.lines().count(), 3, "{many}");
+    }
+
+    #[test]
     fn clocks_are_apart_only_for_certain() {
         let clock = |ahead_ms, within_ms| Some(Clock { ahead_ms, within_ms });
         for (postgres, redis, warned) in [
@@ -277,8 +475,8 @@ mod tests {
             (None, None, 0),
         ] {
             let mut findings = Findings::default();
-            clocks(postgres, redis, &mut findings).expect("stdout is there");
-            assert_eq!(findings.warned, warned, "{postgres:?} {redis:?}");
+            clocks(postgres, redis, &mut findings).expect("nothing is printed");
+            assert_eq!(findings.count(Level::Warn), warned, "{postgres:?} {redis:?}");
         }
     }
 }

@@ -14,6 +14,7 @@ use crate::sink::server::{ServerInfo, Software};
 use crate::sink::survey::{self, Keeping, MasterSeen, Survey};
 use crate::sink::topology::Topology;
 use crate::sink::{Class, SinkError};
+use crate::words::counted;
 use futures_util::future::join_all;
 use std::collections::BTreeMap;
 
@@ -105,15 +106,14 @@ async fn cluster(config: &Config, findings: &mut Findings) -> Result<(), Failure
     if !topology.is_up() {
         return findings.fail("redis: the cluster is down (cluster_state:fail): redis-cli --cluster check says why");
     }
-    let (masters, home) = (topology.nodes().len(), cluster.home);
+    let (masters, home) = (counted(topology.nodes().len(), "master"), cluster.home);
     match topology.master_of(home) {
         Some(_) if config.lanes().is_some() => {
-            findings.ok(format!("redis: cluster of {masters} masters; rows are in the hash slots of their keys"))?;
+            findings.ok(format!("redis: cluster of {masters}; rows are in the hash slots of their keys"))?;
         }
         Some(node) => {
             let at = &node.at;
-            findings
-                .ok(format!("redis: cluster of {masters} masters; all keys are in hash slot {home}, now at {at}"))?;
+            findings.ok(format!("redis: cluster of {masters}; all keys are in hash slot {home}, now at {at}"))?;
         }
         None => findings.fail(format!("redis: no node serves hash slot {home}, in which all keys are"))?,
     }
@@ -122,6 +122,7 @@ async fn cluster(config: &Config, findings: &mut Findings) -> Result<(), Failure
         slots if config.lanes().is_some() => {
             findings.fail(format!("redis: {slots} hash slots are served by no node: CLUSTER ADDSLOTS"))
         }
+        1 => findings.warn("redis: 1 hash slot is served by no node: CLUSTER ADDSLOTS"),
         slots => findings.warn(format!("redis: {slots} hash slots are served by no node: CLUSTER ADDSLOTS")),
     }
 }
@@ -295,6 +296,14 @@ async fn durability(config: &Config, own: &OwnKeys, findings: &mut Findings) -> 
 fn eviction(redis: &str, server: &ServerInfo, findings: &mut Findings) -> Result<(), Failure> {
     match (server.maxmemory_bytes, server.maxmemory_policy.as_deref()) {
         (Some(0), _) => findings.ok(format!("{redis}: no maxmemory, so nothing is evicted"))?,
+        (Some(limit), Some("noeviction")) if server.room_bytes == Some(0) => {
+            let used = size(server.used_memory_bytes.unwrap_or_default());
+            findings.fail(format!(
+                "{redis}: it uses {used}, all of maxmemory {}, and refuses every write: raise maxmemory (CONFIG SET \
+                 maxmemory), or remove keys",
+                size(limit)
+            ))?;
+        }
         (Some(limit), Some("noeviction")) => {
             let used = server.used_memory_bytes.unwrap_or_default();
             let text = format!("{} of maxmemory {} used, noeviction", size(used), size(limit));
@@ -311,9 +320,8 @@ fn eviction(redis: &str, server: &ServerInfo, findings: &mut Findings) -> Result
         }
     }
     match server.evicted_keys {
-        Some(evicted) if evicted > 0 => {
-            findings.warn(format!("{redis}: it has evicted {evicted} keys since its start: give it more memory"))
-        }
+        Some(evicted) if evicted > 0 => findings
+            .warn(format!("{redis}: it has evicted {} since its start: give it more memory", counted(evicted, "key"))),
         _ => Ok(()),
     }
 }
@@ -373,11 +381,14 @@ async fn foreign_keys(config: &Config, own: &OwnKeys, findings: &mut Findings) -
             }
         }
         if found > 0 {
-            findings.warn(format!(
-                "redis: {found} or more keys begin with {:?} already, and those that are not rows of {}, or lookups of them, \
+            let (at_least, begin) = if found == 1 { ("1 key", "begins") } else { (&*format!("{found} keys"), "begin") };
+            let text = format!(
+                "redis: {at_least} or more {begin} with {:?} already, and those that are not rows of {}, or lookups of them, \
                  will be removed: choose another literal for `key` if they are needed",
-                area.prefix(), table.table
-            ))?;
+                area.prefix(),
+                table.table
+            );
+            findings.alike(Level::Warn, "keys under a prefix".to_owned(), &format!("{:?}", area.prefix()), &text)?;
         }
     }
     Ok(())
@@ -402,8 +413,8 @@ mod tests {
                 ..ServerInfo::default()
             };
             let mut findings = Findings::default();
-            eviction("redis", &server, &mut findings).expect("stdout is there");
-            assert_eq!(findings.failed, failed, "{maxmemory:?} {policy:?}");
+            eviction("redis", &server, &mut findings).expect("nothing is printed");
+            assert_eq!(findings.count(Level::Fail), failed, "{maxmemory:?} {policy:?}");
         }
     }
 }

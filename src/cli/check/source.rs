@@ -1,7 +1,7 @@
 //! The findings about Postgres, and about Postgres and Redis together.
 
 use super::sink::Seen;
-use super::{Clock, Failure, Findings, Level, clocks, size};
+use super::{Clock, Failure, Findings, Level, clocks, level, size};
 use crate::bridge::context::application_name;
 use crate::bridge::{lookup_columns, room};
 use crate::checkpoint::{Checkpoint, SlotState};
@@ -10,6 +10,7 @@ use crate::format::Format;
 use crate::loader::range::Sizes;
 use crate::plan::mapping::{self, Mapping};
 use crate::remedy::{Conninfo, Sql, Toml};
+use crate::schema::TableSpec;
 use crate::source::connect::{self, PostgresClient};
 use crate::source::limits::{self, ConnectionLimits, Limit, Opens};
 use crate::source::roles::Roles;
@@ -402,7 +403,6 @@ async fn tables(
 ) -> Result<(), Failure> {
     let Some(booleans) = findings.of_postgres(snapshot::boolean_types(roles.reads()).await)? else { return Ok(()) };
     for spec in &config.tables {
-        let name = &spec.name;
         let described = snapshot::describe(
             roles.reads(),
             &spec.table,
@@ -411,26 +411,32 @@ async fn tables(
             Sizes::Measured,
         )
         .await;
-        let Some(described) = findings.of_postgres(described)? else { continue };
-        let Some(table) = described else {
-            findings.fail(format!(
-                "table {name}: {} does not exist in this database: create it, or correct `table`",
-                spec.table
-            ))?;
-            continue;
+        let table = match described {
+            Ok(Some(table)) => table,
+            Ok(None) => {
+                let text = format!("{} does not exist in this database: create it, or correct `table`", spec.table);
+                findings.of_table(Level::Fail, spec, text)?;
+                continue;
+            }
+            Err(error) if error.is_about_the_query() => {
+                findings.of_table(level(error.disposition()), spec, error.to_string())?;
+                continue;
+            }
+            // The connection is of no use for the other tables either.
+            Err(error) => return findings.say(level(error.disposition()), &format!("postgres: {error}")),
         };
         let identified = mapping::check_identity(spec, table.identity, &table.identity_columns, &table.relation());
         let types = table.known_types(spec.format, &booleans);
         let bound = identified.and_then(|()| Mapping::bind(spec, &table.relation(), &types));
         let bound = bound.and_then(|_| lookup_columns::check(spec, &table));
         if let Err(error) = bound {
-            findings.fail(format!("table {name}: {}", error.knowing(&table.generated)))?;
+            findings.of_table(Level::Fail, spec, error.knowing(&table.generated).to_string())?;
             continue;
         }
         if let Some(left_out) = table.left_out(&config.postgres.publication) {
-            findings.warn(format!("table {name}: {left_out}"))?;
+            findings.of_table(Level::Warn, spec, left_out)?;
         }
-        if published(config, roles.replicates(), publication, ours, spec.name.as_str(), &table, findings).await? {
+        if published(config, roles.replicates(), publication, ours, spec, &table, findings).await? {
             let filter =
                 if table.published.row_filter.is_some() { ", of which the publication sends some" } else { "" };
             let bytes = size(table.estimated.bytes);
@@ -439,7 +445,8 @@ async fn tables(
                 Format::Json => ", in JSON",
                 Format::RedisJson => ", as a RedisJSON document",
             };
-            findings.ok(format!("table {name}: {}, {bytes} on disk{filter}, as {}{as_json}", spec.table, spec.key))?;
+            let text = format!("{}, {bytes} on disk{filter}, as {}{as_json}", spec.table, spec.key);
+            findings.of_table(Level::Ok, spec, text)?;
         }
     }
     Ok(())
@@ -451,7 +458,7 @@ async fn published(
     client: &PostgresClient,
     publication: Option<&Publication>,
     ours: bool,
-    name: &str,
+    spec: &TableSpec,
     table: &CatalogTable,
     findings: &mut Findings,
 ) -> Result<bool, Failure> {
@@ -468,15 +475,14 @@ async fn published(
     if !made {
         // A missing publication has already been reported.
         if publication.is_some() {
-            findings.fail(format!("table {name}: {} is not in publication {publication_name}: {add}", table.name))?;
+            let text = format!("{} is not in publication {publication_name}: {add}", table.name);
+            findings.of_table(Level::Fail, spec, text)?;
         }
         return Ok(publication.is_none());
     }
     if !slot::may_publish(client, &table.name).await.unwrap_or(true) {
-        findings.fail(format!(
-            "table {name}: {} is not published, and only its owner may do that: as the owner: {add}",
-            table.name
-        ))?;
+        let text = format!("{} is not published, and only its owner may do that: as the owner: {add}", table.name);
+        findings.of_table(Level::Fail, spec, text)?;
         return Ok(false);
     }
     Ok(true)
