@@ -155,9 +155,8 @@ async fn until_reloaded(
                 if let Some(next) = next {
                     // Before the session ends, so that readers see neither the end nor the beginning.
                     contexts.send_modify(|context| {
-                        (context.status, context.tables) = (next.watch_status(), next.specs.clone());
-                        (context.metrics, context.max_staleness) =
-                            (next.metrics.clone(), next.config.cache.max_staleness);
+                        (context.tables, context.metrics) = (next.specs.clone(), next.metrics.clone());
+                        context.max_staleness = next.config.cache.max_staleness;
                     });
                     ctx.stop.cancel();
                     match work.await {

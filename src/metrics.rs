@@ -564,6 +564,13 @@ impl Metrics {
         self.tables.iter().map(|t| ReadCounts { hits: t.hits.get(), misses: t.misses.get() }).collect()
     }
 
+    /// Returns the counts of the table with this name, which is most likely at this place.
+    pub fn read_counts_of(&self, place: usize, name: &str) -> ReadCounts {
+        let at_place = self.tables.get(place).filter(|of| of.name == name);
+        let table = at_place.or_else(|| self.tables.iter().find(|of| of.name == name));
+        table.map(|t| ReadCounts { hits: t.hits.get(), misses: t.misses.get() }).unwrap_or_default()
+    }
+
     /// Returns how many reads of rows were answered with an error.
     pub fn read_errors(&self) -> u64 {
         self.tables.iter().map(|t| t.errors.get()).sum()

@@ -54,7 +54,8 @@ pub struct Context {
     pub lags: Mutex<LagWindow>,
     pub known: KnownTables,
     pub load_rate: LoadRate,
-    status: watch::Sender<Arc<Status>>,
+    /// The same for all that follow each other.
+    status: Arc<watch::Sender<Arc<Status>>>,
     walsender_pid: AtomicI32,
     pub said: Arc<Said>,
     /// Whether it was reported that the slot retains more than half of what it may.
@@ -145,7 +146,7 @@ impl Context {
             paused: AtomicBool::new(false),
             memory: Mutex::default(),
             skip_wanted: Notify::new(),
-            status,
+            status: Arc::new(status),
             own,
             specs,
             config,
@@ -156,8 +157,6 @@ impl Context {
     /// What the next session begins with, whose configuration has the same servers: it knows what this one knows.
     pub fn next(&self, config: Config, stop: CancellationToken) -> Self {
         let specs: Arc<[TableSpec]> = config.tables.clone().into();
-        let status = self.status.borrow().for_tables(&self.specs, &specs);
-        let status = Status { load_rate: config.cache.load_rate, ..status };
         Context {
             timing: self.timing.clone(),
             adopt: self.adopt,
@@ -179,26 +178,23 @@ impl Context {
             paused: AtomicBool::new(self.is_paused()),
             memory: Mutex::new(self.memory()),
             skip_wanted: Notify::new(),
-            status: watch::Sender::new(Arc::new(status)),
+            status: self.status.clone(),
             own: self.own.clone(),
             specs,
             config,
         }
     }
 
-    /// Takes over what the context before this one has learned since [`Self::next`].
+    /// Takes over from the context before this one, whose session has ended: what it has learned since [`Self::next`], and
+    /// the status, whose tables are those of its session.
     pub fn follows(&self, before: &Context) {
         self.epoch.fetch_max(before.epoch.load(Ordering::Relaxed), Ordering::Relaxed);
         self.set_walsender(before.walsender_pid.load(Ordering::Relaxed));
         self.remember(|memory| *memory = before.memory());
         self.metrics.leaves_only(&self.specs);
-        let last = before.status.borrow().for_tables(&before.specs, &self.specs);
         self.update(|status| {
-            for (table, last) in status.tables.iter_mut().zip(&last.tables) {
-                (table.prefetched, table.upserts) = (last.prefetched, last.upserts);
-                (table.deletes, table.truncates, table.keyless) = (last.deletes, last.truncates, last.keyless);
-            }
-            (status.epoch, status.seq, status.applied) = (last.epoch, last.seq, last.applied);
+            *status = status.for_tables(&before.specs, &self.specs);
+            status.load_rate = self.config.cache.load_rate;
         });
     }
 

@@ -382,7 +382,9 @@ impl<'a> Observers<'a> {
             status.confirmed = observed.confirmed.map(|c| c.end());
             status.server = observed.server;
             status.last_contact = Some(last_contact);
-            status.fresh_as_of = observed.fresh_as_of;
+            // Until this session knows more, what an earlier one knew holds: where Redis has lost something since, that is gone,
+            // or the tables are being loaded.
+            status.fresh_as_of = observed.fresh_as_of.or(status.fresh_as_of);
             status.oldest_unapplied = observed
                 .oldest_unapplied
                 .map(|t| UNIX_EPOCH + Duration::from_micros(u64::try_from(t.0).unwrap_or_default()));

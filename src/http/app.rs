@@ -13,7 +13,7 @@ use crate::reload::Wanted;
 use crate::schema::TableSpec;
 use crate::sightings::Sightings;
 use crate::sink::any_reader::AnyReader;
-use crate::status::{ChangeEvent, Moment, Status};
+use crate::status::{ChangeEvent, Moment, ReadCounts, Status, TableStatus};
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
@@ -77,6 +77,8 @@ pub(super) struct App {
     /// The lookups of each table.
     pub(super) lists: Box<[Option<TableLists>]>,
     pub(super) stop: CancellationToken,
+    /// Another context has taken the place of this one, or the daemon stops.
+    pub(super) replaced: CancellationToken,
 }
 
 /// What outlives a reload.
@@ -102,6 +104,10 @@ impl App {
     }
 
     pub(super) fn status_json(&self) -> String {
-        self.status().to_json(&self.context.metrics.read_counts(), Moment::now(), self.context.max_staleness)
+        let status = self.status();
+        // Right after a reload, the tables of the status may still be those before it.
+        let counts = |(place, table): (usize, &TableStatus)| self.context.metrics.read_counts_of(place, &table.name);
+        let counts: Vec<ReadCounts> = status.tables.iter().enumerate().map(counts).collect();
+        status.to_json(&counts, Moment::now(), self.context.max_staleness)
     }
 }

@@ -80,8 +80,8 @@ struct Feed {
 
 impl Feed {
     async fn next(mut self) -> Option<(Result<Event, Infallible>, Self)> {
-        let stop = self.app.stop.clone();
-        let event = stop.run_until_cancelled(self.event()).await??;
+        let replaced = self.app.replaced.clone();
+        let event = replaced.run_until_cancelled(self.event()).await??;
         Some((Ok(event), self))
     }
 

@@ -67,16 +67,16 @@ pub async fn serve_within(
         batches: Batches::new(&context.reader),
         limits: limits.clone(),
     });
-    let generation = |context: HttpContext, stop: CancellationToken| {
+    let generation = |context: HttpContext, replaced: CancellationToken| {
         let lists = context.tables.iter().map(TableLists::of).collect();
-        router(Arc::new(App { context, held: held.clone(), lists, stop }))
+        router(Arc::new(App { context, held: held.clone(), lists, stop: stop.clone(), replaced }))
     };
-    let mut stops = stop.child_token();
-    let (routers, current) = watch::channel(generation(context, stops.clone()));
+    let mut replaced = stop.child_token();
+    let (routers, current) = watch::channel(generation(context, replaced.clone()));
     let follow = async {
         while contexts.changed().await.is_ok() {
-            let before = std::mem::replace(&mut stops, stop.child_token());
-            let _before = routers.send_replace(generation(contexts.borrow_and_update().clone(), stops.clone()));
+            let before = std::mem::replace(&mut replaced, stop.child_token());
+            let _before = routers.send_replace(generation(contexts.borrow_and_update().clone(), replaced.clone()));
             before.cancel();
         }
         std::future::pending::<()>().await;
