@@ -23,6 +23,14 @@ const DEMO_GOES_HERE: &str = "<!-- demo -->\n";
 const FILES: &[(&str, &str)] = &[
     ("page.css", include_str!("page/page.css")),
     ("page.js", include_str!("page/page.js")),
+    ("elements.js", include_str!("page/elements.js")),
+    ("history.js", include_str!("page/history.js")),
+    ("operations.js", include_str!("page/operations.js")),
+    ("plots.js", include_str!("page/plots.js")),
+    ("stream.js", include_str!("page/stream.js")),
+    ("tables.js", include_str!("page/tables.js")),
+    ("verdict.js", include_str!("page/verdict.js")),
+    ("words.js", include_str!("page/words.js")),
 ];
 
 /// Returns no routes if the page is disabled.
