@@ -42,6 +42,14 @@ want_browser() {
     (packages=(chromium chromium-driver) && install_packages) || say "continuing without a browser: install Chromium or Chrome to test the page"
 }
 
+# Checks the page for what keeps people out: contrast, names, roles. It is used by tests alone, and is not part of this repository.
+want_axe() {
+    local version=4.14.1 dir=${CARGO_TARGET_DIR:-target}/axe-core
+    [ ! -s "$dir/axe.min.js" ] || return 0
+    have npm && mkdir -p "$dir" && (cd "$dir" && npm pack --silent "axe-core@$version" >/dev/null && tar -xzf "axe-core-$version.tgz" --strip-components=1 package/axe.min.js) ||
+        say "continuing without axe-core $version: install npm to check the page's accessibility"
+}
+
 # Tests the alerts, which rarely change.
 want_promtool() {
     have promtool || (packages=(prometheus) && install_packages) ||

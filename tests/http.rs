@@ -877,12 +877,16 @@ async fn routes_and_methods_that_do_not_exist_are_json_too() {
 #[tokio::test]
 async fn the_page_lets_a_browser_load_nothing_from_elsewhere() {
     let stage = Stage::set().await;
-    for (target, kind) in [
-        ("/", "text/html; charset=utf-8"),
-        ("/page/page.css", "text/css; charset=utf-8"),
-        ("/page/page.js", "text/javascript; charset=utf-8"),
-    ] {
-        let answer = stage.get(target).await;
+    let mut targets = vec!["/".to_owned()];
+    let mut next = 0;
+    while let Some(target) = targets.get(next).cloned() {
+        next += 1;
+        let answer = stage.get(&target).await;
+        let kind = match target.rsplit_once('.') {
+            Some((_, "css")) => "text/css; charset=utf-8",
+            Some((_, "js")) => "text/javascript; charset=utf-8",
+            _ => "text/html; charset=utf-8",
+        };
         assert_eq!((answer.status, answer.header("content-type")), (200, Some(kind)), "{target}");
         let policy = answer.header("content-security-policy").unwrap();
         let rules: Vec<&str> = policy.split("; ").collect();
@@ -902,9 +906,16 @@ async fn the_page_lets_a_browser_load_nothing_from_elsewhere() {
         // No address of another server, except for names of namespaces.
         let text = answer.body.replace("http://www.w3.org/2000/svg", "");
         assert!(!text.contains("http:") && !text.contains("https:") && !text.contains("innerHTML"), "{target}");
+        // What it loads: files of its own, and nothing that is not there.
+        let own = text.split('"').filter_map(|word| word.strip_prefix("/page/").or_else(|| word.strip_prefix("./")));
+        let own: Vec<_> = own.map(|name| format!("/page/{name}")).filter(|name| !targets.contains(name)).collect();
+        targets.extend(own);
     }
+    assert!(targets.len() > 8, "{targets:?}");
     assert!(!stage.get("/").await.body.contains("demo"), "no part of the demo without a demo");
-    assert_eq!(stage.code("/page/demo.js").await, is(404, "unknown_route"));
+    for other in ["/page/demo.js", "/page/", "/page/%FF", "/page/page.rs", "/page/..%2Fpage.rs"] {
+        assert_eq!(stage.code(other).await, is(404, "unknown_route"), "{other}");
+    }
     assert_eq!(stage.request("POST", "/demo/flushall").await.refusal(), is(404, "unknown_route"));
 
     let without = Stage::set_with(HttpLimits::default(), |context| context.page.is_shown = false).await;

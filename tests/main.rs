@@ -47,6 +47,7 @@ mod openapi;
 mod owners;
 mod packed;
 mod page;
+mod page_states;
 mod poison;
 mod privileges;
 mod prometheus;

@@ -4,8 +4,7 @@
 
 use super::admin::{Body, guard, parse};
 use super::app::App;
-use super::file::file;
-use super::refusal::{Misdirected, OperationRefused, Problem, Refusal};
+use super::refusal::{OperationRefused, Problem, Refusal};
 use crate::demo::{DemoRefusal, DemoRequest};
 use axum::extract::{Path, State};
 use axum::middleware::from_fn_with_state;
@@ -27,14 +26,12 @@ pub(super) fn routes(app: &Arc<App>) -> Router<Arc<App>> {
     Router::new().route("/demo/{action}", post(action)).route_layer(from_fn_with_state(Arc::clone(app), guard))
 }
 
-/// The scripts that [`PART`] loads.
-pub(super) fn scripts() -> Router<Arc<App>> {
-    Router::new().route("/page/demo.js", file("text/javascript; charset=utf-8", include_str!("page/demo.js").into()))
-}
+/// The name and text of the script that [`PART`] loads.
+pub(super) const SCRIPT: (&str, &str) = ("demo.js", include_str!("page/demo.js"));
 
 /// Returns whether a route belongs to the demo.
 pub(super) fn has(path: &str) -> bool {
-    path.starts_with("/demo/") || path == "/page/demo.js"
+    path.starts_with("/demo/")
 }
 
 /// Of a demo alone: rows to change, and what breaks the cache.
@@ -71,9 +68,3 @@ pub(super) async fn action(
         }
     })
 }
-
-/// Of the status page of a demo.
-#[utoipa::path(get, path = "/page/demo.js", operation_id = "demo_js", tag = "page",
-    responses((status = 200, description = "A script.", body = String, content_type = "text/javascript"), Misdirected))]
-#[allow(dead_code, reason = "a file")]
-pub(super) fn script() {}

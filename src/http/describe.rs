@@ -7,7 +7,7 @@
 use super::app::App;
 use super::refusal::{Misdirected, Problem, ReadRefused};
 use super::render::{List, Rows};
-use super::{admin, demo, events, history, log, ops};
+use super::{admin, demo, events, history, log, ops, page};
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
@@ -46,9 +46,7 @@ use utoipa::{Modify, OpenApi};
         demo::action,
         openapi,
         page,
-        page_css,
-        page_js,
-        demo::script
+        page::part
     ),
     modifiers(&Token)
 )]
@@ -159,18 +157,6 @@ fn list() {}
     responses((status = 200, description = "HTML.", body = String, content_type = "text/html"), Misdirected))]
 #[allow(dead_code, reason = "a file")]
 fn page() {}
-
-/// Of the status page.
-#[utoipa::path(get, path = "/page/page.css", tag = "page",
-    responses((status = 200, description = "A style sheet.", body = String, content_type = "text/css"), Misdirected))]
-#[allow(dead_code, reason = "a file")]
-fn page_css() {}
-
-/// Of the status page.
-#[utoipa::path(get, path = "/page/page.js", tag = "page",
-    responses((status = 200, description = "A script.", body = String, content_type = "text/javascript"), Misdirected))]
-#[allow(dead_code, reason = "a file")]
-fn page_js() {}
 
 /// What every read may ask for besides its keys.
 #[derive(utoipa::IntoParams)]

@@ -2,7 +2,7 @@
 
 use super::app::App;
 use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY};
-use axum::response::IntoResponse;
+use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get};
 use std::sync::Arc;
 
@@ -10,8 +10,10 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; c
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 pub(super) fn file(kind: &'static str, text: Arc<str>) -> MethodRouter<Arc<App>> {
-    get(async move || {
-        let headers = [(CONTENT_TYPE, kind), (CONTENT_SECURITY_POLICY, POLICY), (REFERRER_POLICY, "no-referrer")];
-        (headers, text.to_string()).into_response()
-    })
+    get(async move || send(kind, &text))
+}
+
+pub(super) fn send(kind: &'static str, text: &str) -> Response {
+    let headers = [(CONTENT_TYPE, kind), (CONTENT_SECURITY_POLICY, POLICY), (REFERRER_POLICY, "no-referrer")];
+    (headers, text.to_owned()).into_response()
 }

@@ -158,6 +158,47 @@ impl Browser {
         }
     }
 
+    /// Asserts that nothing is wider than the window and that axe-core has nothing to object to, in light and in dark, on
+    /// a desktop and on a phone.
+    #[track_caller]
+    pub fn is_accessible(&self, state: &str) -> impl Future<Output = ()> {
+        let caller = std::panic::Location::caller();
+        async move {
+            let axe = axe();
+            for (width, height) in [(1280_u64, 1000), (375, 812), (320, 256)] {
+                let size = json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": false});
+                self.devtools("Emulation.setDeviceMetricsOverride", size).await;
+                let wide = self.run("return document.documentElement.scrollWidth").await;
+                assert!(wide.as_u64() <= Some(width), "{caller}: {state}: {wide} px wide at {width}");
+                for scheme in ["light", "dark"] {
+                    let features = json!([{"name": "prefers-color-scheme", "value": scheme}]);
+                    self.devtools("Emulation.setEmulatedMedia", json!({"features": features})).await;
+                    let Some(axe) = &axe else { continue };
+                    let found = self.findings(axe).await;
+                    assert_eq!(found, json!([]), "{caller}: {state}, {scheme}, {width} px");
+                }
+            }
+            self.devtools("Emulation.setEmulatedMedia", json!({"features": []})).await;
+            self.devtools("Emulation.clearDeviceMetricsOverride", json!({})).await;
+        }
+    }
+
+    /// Returns what axe-core objects to: each rule, and the elements.
+    async fn findings(&self, axe: &str) -> Value {
+        if self.run("return !window.axe").await == true {
+            self.run(axe).await;
+        }
+        self.run(
+            "delete window.found;
+             axe.run().then(({violations}) => {
+                 window.found = violations.map(({id, nodes}) => [id, nodes.map(({target, failureSummary}) => [target, failureSummary])]);
+             }, (error) => { window.found = String(error); });",
+        )
+        .await;
+        let found = async || self.run("return window.found ?? null").await;
+        eventually("axe has looked", found, |found| !found.is_null()).await
+    }
+
     /// Sends a command of the DevTools protocol.
     pub async fn devtools(&self, name: &str, parameters: Value) -> Value {
         self.command("goog/cdp/execute", &json!({"cmd": name, "params": parameters})).await
@@ -171,6 +212,17 @@ impl Browser {
         let answer = asked.await.unwrap().unwrap_or_else(|error| panic!("{path}: {error}"));
         serde_json::from_str::<Value>(&answer).unwrap()["value"].take()
     }
+}
+
+/// The script of axe-core, if scripts/test could get it.
+fn axe() -> Option<String> {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), std::path::PathBuf::from);
+    let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(target).join("axe-core/axe.min.js");
+    let script = std::fs::read_to_string(&file);
+    if script.is_err() {
+        skipped(format_args!("{} is not there: contrast, names and roles on the page are not checked", file.display()));
+    }
+    script.ok()
 }
 
 fn agent() -> ureq::Agent {

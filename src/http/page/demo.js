@@ -1,6 +1,9 @@
 // The demo's part of the page: rows to change, a cache to read from, and what breaks it.
 
-import { ask, at, busy, clear, count, element, hasToken, list, millis, onChange, onStatus, operate, options, say, told } from "./page.js";
+import { at, element, list, options, say, sayLong } from "./elements.js";
+import { ask, busy, clear, hasToken, operate, perform, told } from "./operations.js";
+import { on } from "./stream.js";
+import { count, millis, percent } from "./words.js";
 
 const TABLE = "categories";
 const READS = 500;
@@ -48,20 +51,32 @@ function showSides(state) {
   if (state.rows) showRows(state);
 }
 
+/// By id: the row as it is shown, and what it was made of.
+const shown = new Map();
+
+/// A row that says the same stays the same, and with it the button that somebody has just pressed.
+function rowOf(told) {
+  const made = JSON.stringify(told);
+  if (shown.get(told.id)?.made !== made) shown.set(told.id, { made, row: makeRow(told) });
+  return shown.get(told.id).row;
+}
+
+function makeRow({ id, postgres, cache, note, place }) {
+  const row = element("tr", "", { "data-id": id });
+  const cached = note === "missing from the cache" ? element("td", note, { class: "note" }) : side(cache, note);
+  if (place) cached.append(element("div", place, { class: "quiet" }));
+  row.append(element("th", id, { scope: "row" }), side(postgres), cached);
+  const actions = element("td");
+  for (const name of ["Read", "Invalidate", "Delete"]) {
+    if (name === "Delete" && postgres === null) continue;
+    actions.append(element("button", name, { type: "button", "data-act": name.toLowerCase(), "aria-label": `${name} ${id}` }));
+  }
+  row.append(actions);
+  return row;
+}
+
 function showRows(state) {
-  const rows = state.rows.map(({ id, postgres, cache, note, place }) => {
-    const row = element("tr", "", { "data-id": id });
-    const cached = note === "missing from the cache" ? element("td", note, { class: "note" }) : side(cache, note);
-    if (place) cached.append(element("div", place, { class: "quiet" }));
-    row.append(element("th", id, { scope: "row" }), side(postgres), cached);
-    const actions = element("td");
-    for (const name of ["Read", "Invalidate", "Delete"]) {
-      if (name === "Delete" && postgres === null) continue;
-      actions.append(element("button", name, { type: "button", "data-act": name.toLowerCase(), "aria-label": `${name} ${id}` }));
-    }
-    row.append(actions);
-    return row;
-  });
+  const rows = state.rows.map(rowOf);
   // Whoever has a button in focus keeps it.
   const focused = document.activeElement?.dataset.act;
   const focusedRow = document.activeElement?.closest("tr")?.dataset.id;
@@ -111,10 +126,10 @@ function showButtons(state) {
   const kind = state.redis === "cluster" ? "cluster" : "one";
   for (const part of document.querySelectorAll("[data-redis]")) part.hidden = part.dataset.redis !== kind;
   for (const button of document.querySelectorAll("button.redis")) {
-    button.disabled = given || button.hasAttribute("aria-busy");
+    button.disabled = given;
     if (given) button.title = "The Redis was given, and is not the demo's to break.";
   }
-  at("break-two-tables").disabled = !state.promotions || at("break-two-tables").hasAttribute("aria-busy");
+  at("break-two-tables").disabled = !state.promotions;
 }
 
 function side(name, note) {
@@ -142,13 +157,9 @@ at("rows").addEventListener("click", async (event) => {
 // ---------------------------------------------------------------------------------------------- rows
 
 async function write(action, body, button) {
-  await busy(button, async () => {
-    try {
-      const done = await ask(`/demo/${action}`, body);
-      head(element("span", `${action} ${body.id}: in the cache ${millis(done.applied_ms)} after the commit`), []);
-    } catch (error) {
-      head(element("span", `${action} ${body.id}: ${error.message}`, { class: "failed" }), []);
-    }
+  await perform(button, `${action} ${body.id}`, async () => {
+    const done = await ask(`/demo/${action}`, body);
+    return `in the cache ${millis(done.applied_ms)} after the commit`;
   });
   await look();
 }
@@ -182,7 +193,9 @@ function head(node, fields) {
     "answer-fields",
     fields.map(([name, value]) => {
       const line = element("div");
-      line.append(element("dt", name), element("dd", value));
+      const shown = element("dd");
+      sayLong(shown, value);
+      line.append(element("dt", name), shown);
       return line;
     }),
   );
@@ -260,7 +273,7 @@ function showCounters() {
   const [hits, misses] = [since("hits"), since("misses")];
   say("count-hits", count(hits));
   say("count-misses", count(misses));
-  say("count-rate", hits + misses > 0 ? `${((hits * 100) / (hits + misses)).toFixed(1)} %` : "–");
+  say("count-rate", percent(hits, hits + misses));
   say("count-prefetched", count(since("prefetched")));
   say("count-applied", count(since("applied")));
   say("count-lag", baseline && since("lags") === 0 ? "–" : millis(status.sync_lag_ms.avg));
@@ -288,48 +301,26 @@ const outcome = {
 
 for (const [action, text] of Object.entries(outcome)) {
   const button = at(`break-${action}`);
-  const said = at(`break-${action}-said`);
-  button.addEventListener("click", () =>
-    busy(button, async () => {
-      said.className = "";
-      const began = performance.now();
-      const clock = setInterval(() => say(said, `${((performance.now() - began) / 1000).toFixed(1)} s …`), 100);
-      try {
-        const done = await ask(`/demo/${action}`);
-        clearInterval(clock);
-        say(said, text(done));
-      } catch (error) {
-        clearInterval(clock);
-        said.className = "failed";
-        say(said, error.message);
-      }
-      look();
-    }),
-  );
+  button.addEventListener("click", () => perform(button, button.textContent, async () => text(await ask(`/demo/${action}`))).then(look));
 }
 
 at("own-writes").addEventListener("click", (event) =>
-  busy(event.currentTarget, async () => {
-    say("own-writes-said", "writing and reading …");
-    try {
-      const { writes, off, on } = await ask("/demo/read-your-writes");
-      say("stale-off", `${off.stale} of ${writes}`);
-      say("stale-on", `${on.stale} of ${writes}`);
-      say("time-off", millis(off.read_ms));
-      say("time-on", millis(on.read_ms));
-      say("own-writes-said", "");
-    } catch (error) {
-      say("own-writes-said", error.message);
-    }
+  perform(event.currentTarget, "writes and reads", async () => {
+    const { writes, off, on } = await ask("/demo/read-your-writes");
+    say("stale-off", `${off.stale} of ${writes}`);
+    say("stale-on", `${on.stale} of ${writes}`);
+    say("time-off", millis(off.read_ms));
+    say("time-on", millis(on.read_ms));
+    return "done";
   }),
 );
 
-onStatus((now) => {
+on("status", (now) => {
   status = now;
   showCounters();
   look();
 });
-onChange((change) => {
+on("change", (change) => {
   if (change.table !== TABLE) return;
   look();
   if (isListed) showChildren();
