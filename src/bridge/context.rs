@@ -158,7 +158,7 @@ impl Context {
     pub fn next(&self, config: Config, stop: CancellationToken) -> Self {
         let specs: Arc<[TableSpec]> = config.tables.clone().into();
         Context {
-            timing: self.timing.clone(),
+            timing: self.timing,
             adopt: self.adopt,
             application_name: self.application_name.clone(),
             metrics: Arc::new(self.metrics.for_tables(&specs)),

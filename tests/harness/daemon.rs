@@ -321,7 +321,7 @@ impl Daemon {
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
         let directory = settings.environment().filter(|(name, _)| *name == RUNTIME_DIRECTORY).last();
         let token_file = directory.map_or("", |(_, path)| path).into();
-        Self { child, address, token_file, log, reader: Some(reader), config: config }
+        Self { child, address, token_file, log, reader: Some(reader), config }
     }
 
     pub fn address(&self) -> SocketAddr {
