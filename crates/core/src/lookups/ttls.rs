@@ -1,7 +1,8 @@
 //! The lists to which loads have given a TTL lately. Each part of it adds members to many of the same lists, and to give a list
 //! its TTL costs Redis as much as to add a member.
 //!
-//! A mistake here leaves a list without a TTL until it is renewed.
+//! A list that somebody has removed meanwhile, or that has expired while the daemon was frozen for hours in the middle of a
+//! load, is made again without one, until it is renewed; after a freeze, the table is loaded again at once.
 
 use crate::command::Key;
 use std::collections::HashSet;

@@ -734,6 +734,7 @@ impl World {
             Fault::HoursPass => {
                 let hours = *world.rng.pick(&[1, 7, 25]);
                 world.pass(hours * 3_600_000);
+                world.redis.hours_passed = true;
                 world.redis.expire().into_iter().for_each(|row| world.observer.expired(row));
             }
             Fault::DropSlot => {

@@ -5,7 +5,7 @@ use super::Rng;
 use super::announced::CHANGES;
 use super::postgres::{Extra, RowId, TABLES, Values};
 use super::store::{Called, Hash, Store, Value};
-use crate::checkpoint::{BadCheckpoint, Checkpoint, ENTERED, Place, TableMark};
+use crate::checkpoint::{BadCheckpoint, Checkpoint, ENTERED, Place, TableMark, TableState};
 use crate::command::Key;
 use crate::format::Format;
 use crate::lanes::Lane;
@@ -145,6 +145,8 @@ pub struct Redis {
     moved_last: BTreeMap<Lane, u64>,
     connections: Vec<Connection>,
     pub time_ms: u64,
+    /// Within one step, as for a daemon that was frozen.
+    pub hours_passed: bool,
 }
 
 pub const CHECKPOINT: &[u8] = b"prefetchd:{s}:checkpoint";
@@ -173,6 +175,7 @@ impl Redis {
             moved_last: BTreeMap::new(),
             connections: Vec::new(),
             time_ms: 1_767_225_600_000,
+            hours_passed: false,
         }
     }
 
@@ -558,7 +561,13 @@ impl Redis {
             let list = Key(key.clone());
             let of = lookups.iter().find(|(_, of)| of.kind_at(&list).is_some());
             let (table, of) = of.ok_or_else(|| format!("a list of no lookup: {list}"))?;
-            if until_ms.is_none_or(|until| until <= self.time_ms) {
+            let is_loaded = || {
+                let mark = self.checkpoint().ok().flatten()?.tables.get(&super::postgres::name(*table).table)?.state;
+                Some(mark == TableState::Loaded)
+            };
+            // A list that has expired while a load was in its middle gets its TTL with the load that this brings about.
+            let is_excused = self.hours_passed && until_ms.is_none() && is_loaded() != Some(true);
+            if until_ms.is_none_or(|until| until <= self.time_ms) && !is_excused {
                 return Err(format!("{list} has no TTL"));
             }
             for (member, score) in members {
