@@ -10,6 +10,7 @@ use crate::history::{Kind, Totals};
 use crate::http::{self, AdminToken};
 use crate::progress::resume::Adopt;
 use crate::reload::{self, Reread, Wanted};
+use crate::schema::TableSpec;
 use crate::status::{ChangeEvent, Level, Moment, ReadCounts, State, Status};
 use crate::token::Made;
 use std::net::SocketAddr;
@@ -80,6 +81,8 @@ pub async fn run(
         max_staleness: ctx.config.cache.max_staleness,
         ask,
         reload: reload.is_some().then(|| reloads.clone()),
+        all_tables: ctx.specs.clone(),
+        changed: Arc::default(),
         admin_token: admin_token.clone(),
         names: http::Names::new(listen.ip(), &ctx.config.http.hosts),
         page: http::Page { is_shown: ctx.config.http.page, demo },
@@ -101,7 +104,7 @@ pub async fn run(
         let worked = until_reloaded(&ctx, &mut asked, reread, &stop, &contexts).await;
         keeping.abort();
         match worked {
-            Ok(Some(next)) => ctx = next,
+            Ok(Some(next)) => (ctx, asked) = next,
             Ok(None) => break Ok(()),
             Err(error) => break Err(error),
         }
@@ -111,7 +114,7 @@ pub async fn run(
     http_stop.cancel();
     hangups.inspect(|hangups| hangups.abort());
     // Requests that are still queued are refused.
-    drop(asked);
+    drop((asked, wanted));
     let _ = tokio::time::timeout(HTTP_PATIENCE, serving).await;
     if ended.is_ok() {
         tracing::info!("stopped");
@@ -126,7 +129,7 @@ async fn until_reloaded(
     reread: Option<(&Reread, &mut mpsc::Receiver<Wanted>)>,
     stop: &CancellationToken,
     contexts: &watch::Sender<http::HttpContext>,
-) -> Result<Option<Arc<Context>>, BridgeError> {
+) -> Result<Option<(Arc<Context>, mpsc::Receiver<Asked>)>, BridgeError> {
     let Some((reread, wanted)) = reread else { return supervise::supervise(ctx, asked).await.map(|()| None) };
     let mut work = pin!(supervise::supervise(ctx, asked));
     loop {
@@ -154,20 +157,28 @@ async fn until_reloaded(
                 ctx.history.happened(Level::Good, Kind::Operator, None, format!("reloaded: {text}"));
                 if let Some(next) = next {
                     // Before the session ends, so that readers see neither the end nor the beginning.
+                    // What is asked of the old tables, by their places, must not reach the session of the new ones.
+                    let (ask, asked) = mpsc::channel(ASKED_HELD);
                     contexts.send_modify(|context| {
+                        context.ask = ask;
+                        let is_new = |spec: &&TableSpec| !context.all_tables.iter().any(|known| known.is_like(spec));
+                        let new = next.specs.iter().filter(is_new);
+                        context.all_tables = context.all_tables.iter().chain(new).cloned().collect();
+                        context.changed = Arc::new((changes.changed.clone(), ctx.sightings.newest().0));
                         (context.tables, context.metrics) = (next.specs.clone(), next.metrics.clone());
                         context.max_staleness = next.config.cache.max_staleness;
                     });
-                    ctx.stop.cancel();
+                    ctx.is_replaced();
                     match work.await {
-                        // What was not drained is delivered again.
-                        Ok(()) | Err(BridgeError::NotDrained(_)) => {}
+                        Ok(()) => {}
+                        // It is delivered again. What Redis has is not known before that.
+                        Err(BridgeError::NotDrained(_)) => ctx.update(|status| status.fresh_as_of = None),
                         Err(error) => return Err(error),
                     }
                     next.follows(ctx);
                     // Somebody who asked by HTTP may be gone.
                     answer.map(|answer| answer.send(Ok(changes)));
-                    return Ok(Some(next));
+                    return Ok(Some((next, asked)));
                 }
                 Ok(changes)
             }

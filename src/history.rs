@@ -9,7 +9,7 @@ mod report;
 pub(crate) use report::{EventReport, HistoryReport};
 
 use crate::status::{Level, Moment, ReadCounts, Status};
-use lags::{Counting, Lags};
+use lags::{Counting, Lags, Percentiles, percentiles};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -129,6 +129,8 @@ struct Inner {
 struct Second {
     changes: u64,
     lags: Lags,
+    /// Of these.
+    of: Percentiles,
     lag_seconds: Option<f64>,
     lag_bytes: Option<u64>,
     reads: ReadCounts,
@@ -245,9 +247,11 @@ impl History {
             inner.push(None);
         }
         let ReadCounts { hits, misses } = inner.totals.reads;
+        let lags = inner.lags.take();
         let second = Second {
             changes: std::mem::take(&mut inner.changes),
-            lags: inner.lags.take(),
+            of: percentiles(std::iter::once(&lags)),
+            lags,
             lag_seconds: status.lag_seconds(now),
             lag_bytes: status.lag_bytes(),
             reads: ReadCounts {

@@ -155,6 +155,7 @@ impl Stage {
             sightings: Arc::default(),
             metrics: Arc::new(Metrics::new(&specs)),
             history: Arc::default(),
+            all_tables: specs.clone().into(),
             tables: specs.into(),
             events: events.clone(),
             position_wanted: Arc::clone(&position_wanted),
@@ -162,6 +163,7 @@ impl Stage {
             // Nothing answers: what is tested here is who may ask, not what operations do.
             ask: tokio::sync::mpsc::channel(1).0,
             reload: None,
+            changed: Arc::default(),
             admin_token: AdminToken::Made(TOKEN.into()),
             names: Names::new(Ipv4Addr::LOCALHOST.into(), &[]),
             page: Page { is_shown: true, demo: None },

@@ -160,6 +160,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "metrics",
             "progress::resume::Adopt",
             "reload",
+            "schema",
             "status",
             "token",
         ],

@@ -391,7 +391,9 @@ impl Work<'_> {
     }
 
     fn stop(&mut self) -> Result<(), BridgeError> {
-        self.ctx.set_state(State::Stopping, None);
+        if self.ctx.is_stopping() {
+            self.ctx.set_state(State::Stopping, None);
+        }
         self.machine.drain();
         self.drain_until = Some(Instant::now() + self.ctx.timing.drain);
         self.step(Input::Tick)

@@ -72,6 +72,9 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         status.source = Some(ctx.source(system_id, identity.timeline, database, &postgres.facts));
     });
     let found = redis.found.as_ref();
+    if !has_kept_everything(ctx, found) {
+        ctx.update(|status| status.fresh_as_of = None);
+    }
     let published = prerequisites::publish(ctx, client, found).await?;
     let slot = slot::slot_state(&client.client, &ctx.config.postgres.slot).await?;
     let replace_slot = why_replaced(ctx, client, &published).await?;
@@ -155,6 +158,15 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
             taken,
         )
         .await
+}
+
+/// Whether Redis has all that this process knows to have been in it. On a cluster, the record alone does not tell.
+fn has_kept_everything(ctx: &Context, found: Option<&Checkpoint>) -> bool {
+    let has_kept = |found: &Checkpoint| {
+        let applied = ctx.has_applied();
+        (found.epoch, found.seq) >= ctx.sightings.newest() && applied.is_none_or(|applied| found.lsn >= applied)
+    };
+    ctx.config.lanes().is_none() && found.is_some_and(has_kept)
 }
 
 /// The connections of both roles, and what is known of the server.

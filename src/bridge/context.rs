@@ -10,7 +10,7 @@ use super::room::size;
 use crate::admin::{Answer, Refusal};
 use crate::config::{Config, Create};
 use crate::history::{History, Kind};
-use crate::lsn::Lsn;
+use crate::lsn::{EndLsn, Lsn};
 use crate::metrics::Metrics;
 use crate::progress::resume::Adopt;
 use crate::remedy::Sql;
@@ -60,7 +60,9 @@ pub struct Context {
     pub said: Arc<Said>,
     /// Whether it was reported that the slot retains more than half of what it may.
     slot_warned: AtomicBool,
-    paused: AtomicBool,
+    paused: Arc<AtomicBool>,
+    /// Another context takes the place of this one.
+    replaced: AtomicBool,
     memory: Mutex<Memory>,
     /// Notified when [`Memory::skip`] is set.
     skip_wanted: Notify,
@@ -143,7 +145,8 @@ impl Context {
             walsender_pid: AtomicI32::new(0),
             said: Arc::default(),
             slot_warned: AtomicBool::new(false),
-            paused: AtomicBool::new(false),
+            paused: Arc::default(),
+            replaced: AtomicBool::new(false),
             memory: Mutex::default(),
             skip_wanted: Notify::new(),
             status: Arc::new(status),
@@ -161,7 +164,7 @@ impl Context {
             timing: self.timing,
             adopt: self.adopt,
             application_name: self.application_name.clone(),
-            metrics: Arc::new(self.metrics.for_tables(&specs)),
+            metrics: self.metrics.clone(),
             history: self.history.clone(),
             events: self.events.clone(),
             position_wanted: self.position_wanted.clone(),
@@ -175,7 +178,8 @@ impl Context {
             said: self.said.clone(),
             load_rate: LoadRate::new(config.cache.load_rate, Instant::now()),
             slot_warned: AtomicBool::new(self.slot_warned.load(Ordering::Relaxed)),
-            paused: AtomicBool::new(self.is_paused()),
+            paused: self.paused.clone(),
+            replaced: AtomicBool::new(false),
             memory: Mutex::new(self.memory()),
             skip_wanted: Notify::new(),
             status: self.status.clone(),
@@ -241,7 +245,8 @@ impl Context {
             (State::Connecting, Some(what)) => {
                 self.history.interrupted(Level::Bad, &format!("not connected: {what}"), now);
             }
-            (State::Stalled | State::Connecting | State::Stopping, _) => {}
+            // While it finds out what was lost, no session runs.
+            (State::Stalled | State::Connecting | State::Stopping, _) | (State::Healing, Some(_)) => {}
             (State::Standby, holder) if before != State::Standby => {
                 self.history.goes_on(now);
                 let holder = holder.map_or(String::new(), |holder| format!(": {holder}"));
@@ -252,6 +257,17 @@ impl Context {
         if before == State::Standby && !matches!(state, State::Standby | State::Stopping) {
             self.history.happened(Level::Good, Kind::Role, None, "no longer stands by");
         }
+    }
+
+    /// Whether the daemon stops, as opposed to going on with another context.
+    pub fn is_stopping(&self) -> bool {
+        self.stop.is_cancelled() && !self.replaced.load(Ordering::Relaxed)
+    }
+
+    /// Ends the session, so that the next one begins with another context.
+    pub fn is_replaced(&self) {
+        self.replaced.store(true, Ordering::Relaxed);
+        self.stop.cancel();
     }
 
     pub fn is_paused(&self) -> bool {
@@ -275,6 +291,11 @@ impl Context {
     /// The table's status.
     pub fn table(&self, table: TableId) -> TableStatus {
         self.status.borrow().tables[table.index()].clone()
+    }
+
+    /// The position that Redis is known to have.
+    pub fn has_applied(&self) -> Option<EndLsn> {
+        self.status.borrow().applied
     }
 
     pub fn state(&self) -> State {

@@ -365,7 +365,7 @@ impl<'a> Observers<'a> {
     pub fn positions(&mut self, machine: &Machine, observed: Observed, surroundings: Surroundings) {
         let Surroundings { stalled, not_durable, beside_stream, last_contact } = surroundings;
         let (state, waiting_for) = match state_of(&observed) {
-            _ if self.ctx.stop.is_cancelled() => (State::Stopping, None),
+            _ if self.ctx.is_stopping() => (State::Stopping, None),
             _ if stalled.is_some() => (State::Stalled, stalled),
             _ if not_durable.is_some() => (State::Stalled, not_durable),
             // The stream continues, and something beside it waits.

@@ -5,12 +5,13 @@
 //! changes nothing.
 
 use super::BridgeError;
-use super::context::Context;
+use super::context::{Context, prefixes};
 use super::prerequisites;
 use crate::config::Create;
 use crate::reload::{Changes, Refused, Reread};
 use crate::remedy::Sql;
 use crate::schema::TableSpec;
+use crate::sink::survey;
 use crate::source::roles::Roles;
 use crate::source::slot;
 use std::sync::Arc;
@@ -42,14 +43,21 @@ pub async fn regenerate(ctx: &Context, reread: &Reread, stop: CancellationToken)
              with the present configuration, and start it with the new one",
         ));
     }
-    let next = ctx.next(new, stop);
+    let mut next = ctx.next(new, stop);
     let is_new = |spec: &&TableSpec| changes.added.contains(&spec.name) || changes.changed.contains(&spec.name);
     let specs: Vec<TableSpec> = next.specs.iter().filter(is_new).cloned().collect();
     if !specs.is_empty() {
         let asked = tokio::time::timeout(PATIENCE, ask_postgres(&next, &specs)).await;
         let silent = || Refused::because(format!("postgres has not answered for {} s: try again", PATIENCE.as_secs()));
         asked.map_err(|_| silent())?.map_err(|error| Refused::because(error.to_string()))?;
+        let (target, durability) = (&next.config.redis.target, next.config.redis.durability);
+        let prefixes = prefixes(&next.config);
+        let asked = survey::require(target, &next.own, &prefixes, durability, next.config.lanes());
+        let asked = tokio::time::timeout(PATIENCE, asked).await;
+        let silent = || Refused::because(format!("redis has not answered for {} s: try again", PATIENCE.as_secs()));
+        asked.map_err(|_| silent())?.map_err(|error| Refused::because(error.to_string()))?;
     }
+    next.metrics = Arc::new(ctx.metrics.for_tables(&next.specs));
     Ok(Regenerated { changes, next: Some(Arc::new(next)) })
 }
 

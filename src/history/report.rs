@@ -110,7 +110,7 @@ impl History {
     pub(crate) fn last_second(&self) -> SecondReport {
         let inner = self.inner();
         let second = inner.seconds.back().and_then(Option::as_ref);
-        let of = second.map(|second| percentiles(std::iter::once(&second.lags))).unwrap_or_default();
+        let of = second.map(|second| second.of).unwrap_or_default();
         SecondReport {
             at: inner.newest().unwrap_or_default(),
             changes: second.map(|second| second.changes),
@@ -153,7 +153,7 @@ impl Second {
 
 impl SecondsReport {
     fn push(&mut self, second: Option<&Second>) {
-        let of = second.map(|second| percentiles(std::iter::once(&second.lags))).unwrap_or_default();
+        let of = second.map(|second| second.of).unwrap_or_default();
         self.changes.push(second.map(|second| second.changes));
         self.lag_p50_ms.push(of.p50_ms);
         self.lag_p99_ms.push(of.p99_ms);

@@ -107,7 +107,10 @@ impl App {
         let what = self.told(&operation);
         self.context.ask.try_send(Asked { operation, answer }).map_err(|error| match error {
             TrySendError::Full(_) => Refusal::Busy("too many operations wait for their turn: try again".to_owned()),
-            TrySendError::Closed(_) => Refusal::Stopping,
+            TrySendError::Closed(_) if self.stop.is_cancelled() => Refusal::Stopping,
+            TrySendError::Closed(_) => {
+                Refusal::Interrupted("the configuration was read again meanwhile: ask again".to_owned())
+            }
         })?;
         match answered.await {
             Ok(Ok(answer)) => {

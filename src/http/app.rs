@@ -37,6 +37,11 @@ pub struct HttpContext {
     pub ask: mpsc::Sender<Asked>,
     /// `None` if the configuration cannot be read again.
     pub reload: Option<mpsc::Sender<Wanted>>,
+    /// These, and those of earlier configurations.
+    pub all_tables: Arc<[TableSpec]>,
+    /// Tables that the last reload has changed, and the newest epoch at that time: what the checkpoints of that epoch say of
+    /// them is about other rows.
+    pub changed: Arc<(Vec<String>, u64)>,
     pub admin_token: AdminToken,
     pub names: Names,
     pub page: Page,

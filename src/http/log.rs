@@ -39,7 +39,7 @@ struct LastLines {
 ))]
 pub(super) async fn log(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Nothing {} = parse(&body)?;
-    let keys = RowKeys::of(&app.context.tables);
+    let keys = RowKeys::of(&app.context.all_tables);
     let (lines, forgotten) = telemetry::last_lines(|text| keys.hidden(text));
     Ok(Json(LastLines { lines, forgotten }).into_response())
 }

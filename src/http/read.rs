@@ -249,11 +249,16 @@ impl App {
         let checkpoint = standing::trusted(read, status, judge)?;
         let mark = read.entry.as_deref().map(TableMark::from_json).transpose();
         let mark = mark.map_err(|_| standing::healing(standing::NO_CHECKPOINT))?;
+        let (changed, epoch) = &*self.context.changed;
+        // A standby may be told after the daemon that works.
+        let is_before_reload = checkpoint.epoch <= *epoch
+            && status.state != crate::status::State::Standby
+            && changed.contains(&asking.table.name);
         let standing = Standing {
             table: asking.table,
             checkpoint,
             // Under another template its keys are elsewhere.
-            mark: mark.filter(|mark| mark.template == asking.table.key.to_string()),
+            mark: mark.filter(|mark| mark.template == asking.table.key.to_string()).filter(|_| !is_before_reload),
             status,
             now: Moment::now(),
             redis_time_ms: read.redis_time_ms,

@@ -26,6 +26,8 @@ const KEPT: Duration = Duration::from_secs(30);
 const MOST_BYTES: u64 = 64_000;
 /// How much of the end of stderr is shown.
 const SHOWN_BYTES: usize = 1_000;
+/// More than a secret has that may be cut at its beginning.
+const KEPT_BYTES: usize = 80 << 10;
 /// Where execvp looks if `PATH` is not set.
 const DEFAULT_PATH: &str = "/bin:/usr/bin";
 
@@ -209,8 +211,11 @@ impl Shared {
 fn shown<'s>(stderr: &[u8], secrets: impl Iterator<Item = &'s str>) -> String {
     let text = String::from_utf8_lossy(stderr);
     let text = secrets.filter(|secret| !secret.is_empty()).fold(text.into_owned(), |text, s| text.replace(s, "…"));
-    let words: Vec<&str> = text.split_whitespace().collect();
-    if words.is_empty() { String::new() } else { format!(", {}", words.join(" ")) }
+    let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    // Cut after secrets were replaced: the end of one would not be recognised.
+    let start = words.len().saturating_sub(SHOWN_BYTES);
+    let start = (start..=words.len()).find(|at| words.is_char_boundary(*at)).unwrap_or(0);
+    if words.is_empty() { String::new() } else { format!(", {}", &words[start..]) }
 }
 
 struct Output {
@@ -253,7 +258,7 @@ async fn end_of(mut from: impl AsyncRead + Unpin) -> Result<Vec<u8>, Option<io::
             0 => return Ok(kept),
             bytes => kept.extend_from_slice(&piece[..bytes]),
         }
-        kept.drain(..kept.len().saturating_sub(SHOWN_BYTES));
+        kept.drain(..kept.len().saturating_sub(KEPT_BYTES));
     }
 }
 

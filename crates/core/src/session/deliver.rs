@@ -24,6 +24,9 @@ impl Machine {
                     Some(Ok(mapping)) => {
                         let (table, fingerprint) = (mapping.table, mapping.fingerprint);
                         self.follows_shape(table, fingerprint, turn);
+                        if !self.tables.get(table).is_touched() {
+                            self.tables.get_mut(table).touches();
+                        }
                     }
                     Some(Err((table, why))) => {
                         let why = why.clone();

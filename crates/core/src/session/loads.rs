@@ -219,6 +219,7 @@ impl Machine {
 
     /// This chunk's watermark has been delivered.
     pub(super) fn is_ready(&mut self, chunk: Chunk) {
+        self.tables.get_mut(chunk.table).delivers_watermark(chunk.load);
         let on_its_way = self.outbox.left() + u64::from(self.growing.has_changes());
         let behind = self.comparison_of(&chunk).map_or(0, |_| on_its_way);
         self.chunks.is_ready(chunk, behind);

@@ -44,6 +44,8 @@ pub(super) struct Table {
     shape: Shape,
     /// Keys that must be read again before they can be trusted.
     pending: HashSet<Key>,
+    /// The stream has brought a change of it in this session.
+    is_touched: bool,
     /// A chunk must have seen everything up to here.
     base: EndLsn,
     /// An operator removed keys that are not loaded again yet.
@@ -137,6 +139,9 @@ pub(super) struct Load {
     again: usize,
     /// An operator removed keys since the load began.
     removed: bool,
+    /// The stream had brought no change of the table when it delivered the load's first watermark. Any that it had would be
+    /// from before the load read the catalog, and rows may have changed in between without a word in the stream.
+    is_untouched: Option<bool>,
     /// Everything was read and the orphans are removed. Only pending keys may be left.
     ended: bool,
     /// The members of lists were compared with the rows, or need not be.
@@ -176,6 +181,7 @@ impl Load {
             rows_as: Vec::new(),
             again: 0,
             removed: false,
+            is_untouched: None,
             ended: false,
             is_swept: false,
         }
@@ -206,7 +212,7 @@ impl Load {
     /// the load writes is then either new or as it was, and its lists can hold nothing else.
     pub fn fills_nothing(&self) -> bool {
         let is_fill = self.purpose == Purpose::Fill && self.is_of_the_whole_table();
-        is_fill && self.found.as_ref().is_some_and(|found| found.is_empty)
+        is_fill && self.is_untouched == Some(true) && self.found.as_ref().is_some_and(|found| found.is_empty)
     }
 
     fn is_to_be_swept(&self) -> bool {
@@ -257,6 +263,7 @@ impl Table {
                 emptied_by: None,
             },
             pending: HashSet::new(),
+            is_touched: false,
             base,
             removed: mark.is_some_and(|m| m.removed),
             changed_beside: mark.is_some_and(|m| m.changed_beside),
@@ -443,6 +450,23 @@ impl Table {
             self.state = TableState::Loading;
         }
         Ok(())
+    }
+
+    /// The stream brings a change of it.
+    pub fn touches(&mut self) {
+        self.is_touched = true;
+    }
+
+    pub fn is_touched(&self) -> bool {
+        self.is_touched
+    }
+
+    /// The stream has delivered a watermark of this load.
+    pub fn delivers_watermark(&mut self, of: Option<LoadId>) {
+        let is_touched = self.is_touched;
+        if let Some(load) = self.load_mut().filter(|load| Some(load.id) == of) {
+            load.is_untouched.get_or_insert(!is_touched);
+        }
     }
 
     pub fn everything_is_read(&mut self, id: LoadId) {
