@@ -165,3 +165,40 @@ async fn a_standby_reloads_as_well() {
     assert_eq!(daemon.stop().await, Some(0));
     whole(&standby).await;
 }
+
+#[tokio::test]
+async fn a_reload_is_no_stop_and_ends_no_pause() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let settings = Settings::new(&postgres, &redis);
+    let daemon = Daemon::with(&settings).await;
+    daemon.ready().await;
+    let address = daemon.address();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let looking = tokio::spawn(async move {
+        let (mut looks, mut stopped) = (Vec::new(), stopped);
+        while stopped.try_recv().is_err() {
+            let answer = crate::harness::request(address, "GET", "/readyz").await.unwrap();
+            looks.push((answer.status, answer.body));
+        }
+        looks
+    });
+    for limit in ["31s", "32s", "33s"] {
+        reload(&daemon, &settings.clone().text("cache.max_staleness", limit)).await;
+        let lsn = postgres.execute("UPDATE categories SET display_order = 9 WHERE id = 'cat-005'").await;
+        daemon.applied(lsn).await;
+    }
+    stop.send(()).unwrap();
+    let looks = looking.await.unwrap();
+    assert!(looks.len() > 3 && looks.iter().all(|(status, _)| *status == 200), "{looks:?}");
+
+    assert_eq!(daemon.operate("pause", &json!({})).await.status, 200);
+    reload(&daemon, &settings).await;
+    daemon.status_when("the next session runs", |status| status["state"] != "connecting").await;
+    let lsn = postgres.execute("UPDATE categories SET name = 'Paused' WHERE id = 'cat-005'").await;
+    let status = daemon.status_when("it knows of the change", |status| status["lag"]["bytes"].as_u64() > Some(0)).await;
+    assert_eq!(status["paused"], true, "{status}");
+    assert_ne!(redis.hash("cache:category:cat-005").await["name"], "Paused");
+    assert_eq!(daemon.operate("resume", &json!({})).await.status, 200);
+    daemon.applied(lsn).await;
+    assert_eq!(redis.hash("cache:category:cat-005").await["name"], "Paused");
+}
