@@ -72,7 +72,8 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         status.source = Some(ctx.source(system_id, identity.timeline, database, &postgres.facts));
     });
     let found = redis.found.as_ref();
-    if !has_kept_everything(ctx, found) {
+    // After a lost connection, the first sample tells.
+    if !(ctx.goes_on() && has_kept_everything(ctx, found)) {
         ctx.update(|status| status.fresh_as_of = None);
     }
     let published = prerequisites::publish(ctx, client, found).await?;

@@ -63,6 +63,8 @@ pub struct Context {
     paused: Arc<AtomicBool>,
     /// Another context takes the place of this one.
     replaced: AtomicBool,
+    /// Its first session goes on where that of the context before has ended.
+    goes_on: AtomicBool,
     memory: Mutex<Memory>,
     /// Notified when [`Memory::skip`] is set.
     skip_wanted: Notify,
@@ -147,6 +149,7 @@ impl Context {
             slot_warned: AtomicBool::new(false),
             paused: Arc::default(),
             replaced: AtomicBool::new(false),
+            goes_on: AtomicBool::new(false),
             memory: Mutex::default(),
             skip_wanted: Notify::new(),
             status: Arc::new(status),
@@ -180,6 +183,7 @@ impl Context {
             slot_warned: AtomicBool::new(self.slot_warned.load(Ordering::Relaxed)),
             paused: self.paused.clone(),
             replaced: AtomicBool::new(false),
+            goes_on: AtomicBool::new(true),
             memory: Mutex::new(self.memory()),
             skip_wanted: Notify::new(),
             status: self.status.clone(),
@@ -291,6 +295,11 @@ impl Context {
     /// The table's status.
     pub fn table(&self, table: TableId) -> TableStatus {
         self.status.borrow().tables[table.index()].clone()
+    }
+
+    /// Whether this session goes on where that of the context before has ended. Asked once.
+    pub fn goes_on(&self) -> bool {
+        self.goes_on.swap(false, Ordering::Relaxed)
     }
 
     /// The position that Redis is known to have.

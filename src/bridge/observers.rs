@@ -382,8 +382,7 @@ impl<'a> Observers<'a> {
             status.confirmed = observed.confirmed.map(|c| c.end());
             status.server = observed.server;
             status.last_contact = Some(last_contact);
-            // Until this session knows more, what an earlier one knew holds: where Redis has lost something since, that is gone,
-            // or the tables are being loaded.
+            // Until this session knows more, what was known before a reload holds.
             status.fresh_as_of = observed.fresh_as_of.or(status.fresh_as_of);
             status.oldest_unapplied = observed
                 .oldest_unapplied
