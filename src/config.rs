@@ -108,9 +108,6 @@ const SECTIONS: [&str; 6] = ["postgres", "redis", "cache", "changes", "http", "l
 const TABLE_KEYS: [&str; 8] = ["name", "table", "key", "columns", "rename", "ttl", "format", "lookups"];
 const LOOKUP_KEYS: [&str; 3] = ["name", "key", "order"];
 
-/// How each table begins in the text of a configuration.
-const TABLE: &str = "[[tables]]";
-
 /// All settings.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -125,8 +122,8 @@ pub struct Config {
     pub log: LogSettings,
     /// Warnings to log once there is a log.
     pub warnings: Vec<String>,
-    /// The text that [`Config::to_toml`] returns.
-    shown: String,
+    /// As [`Config::to_toml`] shows them.
+    settings: Vec<(&'static str, String)>,
 }
 
 #[derive(Debug, Clone)]
@@ -243,49 +240,18 @@ impl Config {
     /// Returns the names of the settings, but for those of tables, that another configuration has otherwise. Secrets are not
     /// compared.
     pub fn settings_that_differ(&self, other: &Config) -> Vec<String> {
-        let pairs = self.settings().into_iter().zip(other.settings());
-        pairs.filter(|((_, before), (_, after))| before != after).map(|((name, _), _)| name).collect()
-    }
-
-    /// The settings as they are shown, each with its name. Every configuration has the same.
-    fn settings(&self) -> Vec<(String, &str)> {
-        let (mut section, mut all) = ("", Vec::new());
-        for line in self.shown.lines().take_while(|line| *line != TABLE) {
-            if let Some(name) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
-                section = name;
-            } else if let Some((name, _)) = line.split_once(" = ") {
-                all.push((format!("{section}.{name}"), line));
-            }
-        }
-        all
+        let pairs = self.settings.iter().zip(&other.settings);
+        pairs.filter(|(before, after)| before != after).map(|((name, _), _)| (*name).to_owned()).collect()
     }
 
     /// Returns what takes effect of `new` without a restart: its tables, and its `cache` settings.
     pub fn reloaded(&self, new: Config) -> Config {
-        let own: HashMap<String, &str> = self.settings().into_iter().collect();
-        let mut settings = new.settings().into_iter().peekable();
-        let mut shown = String::new();
-        for line in new.shown.lines() {
-            let is_setting = !line.starts_with('[') && line.contains(" = ");
-            // Those of tables come after all others.
-            let before = settings
-                .next_if(|_| is_setting)
-                .and_then(|(name, _)| own.get(&name).filter(|_| !name.starts_with("cache.")).copied());
-            shown += before.unwrap_or(line);
-            shown.push('\n');
-        }
         let Config { postgres, redis, changes, http, log, .. } = self.clone();
-        Config {
-            postgres,
-            redis,
-            changes,
-            http,
-            log,
-            shown,
-            cache: new.cache,
-            tables: new.tables,
-            warnings: new.warnings,
-        }
+        let now =
+            |(new, own): (_, &(&'static str, String))| if own.0.starts_with("cache.") { new } else { own.clone() };
+        let settings = new.settings.into_iter().zip(&self.settings).map(now).collect();
+        let Config { cache, tables, warnings, .. } = new;
+        Config { postgres, redis, cache, tables, changes, http, log, warnings, settings }
     }
 
     /// Whether all keys share one hash slot, because every template has the hash tag of prefetchd's own keys. On a cluster
@@ -384,8 +350,8 @@ impl Config {
         if matches!(redis.target.address, Address::Cluster(_)) {
             warnings.extend(lies_apart(&tables, &postgres.slot));
         }
-        let shown = show::toml(&merged, &tables)?;
-        let config = Self { postgres, redis, cache, tables, changes, http, log, warnings, shown };
+        let settings = show::settings(&merged)?;
+        let config = Self { postgres, redis, cache, tables, changes, http, log, warnings, settings };
         config.announces_in_one_slot(&merged)?;
         config.documents_share_slot(file)?;
         Ok(config)
@@ -421,8 +387,8 @@ impl Config {
     }
 
     /// Returns the effective settings as a TOML file, with secrets as `***`.
-    pub fn to_toml(&self) -> &str {
-        &self.shown
+    pub fn to_toml(&self) -> String {
+        show::toml(&self.settings, &self.tables)
     }
 }
 

@@ -9,7 +9,7 @@ use crate::demo;
 use crate::history::{Kind, Totals};
 use crate::http::{self, AdminToken};
 use crate::progress::resume::Adopt;
-use crate::reload::{self, Reread, Wanted};
+use crate::reload::{self, Changes, Refused, Reread, Wanted};
 use crate::schema::TableSpec;
 use crate::status::{ChangeEvent, Level, Moment, ReadCounts, State, Status};
 use crate::token::Made;
@@ -141,50 +141,64 @@ async fn until_reloaded(
             ended = &mut work => return ended.map(|()| None),
             regenerated = regenerate(ctx, reread, stop.child_token()) => regenerated,
         };
-        let answered = match regenerated {
-            Err(refused) => {
-                tracing::error!(
-                    reasons = refused.reasons.join("; "),
-                    "the configuration was read again and is refused, the old one stays"
-                );
-                let text = format!("a new configuration was refused: {}", refused.reasons.join("; "));
-                ctx.history.happened(Level::Bad, Kind::Operator, None, text);
-                Err(refused)
-            }
-            Ok(Regenerated { changes, next }) => {
-                let text = changes.text();
-                tracing::info!("the configuration was read again: {text}");
-                ctx.history.happened(Level::Good, Kind::Operator, None, format!("reloaded: {text}"));
-                if let Some(next) = next {
-                    // Before the session ends, so that readers see neither the end nor the beginning.
-                    // What is asked of the old tables, by their places, must not reach the session of the new ones.
-                    let (ask, asked) = mpsc::channel(ASKED_HELD);
-                    contexts.send_modify(|context| {
-                        context.ask = ask;
-                        let is_new = |spec: &&TableSpec| !context.all_tables.iter().any(|known| known.is_like(spec));
-                        let new = next.specs.iter().filter(is_new);
-                        context.all_tables = context.all_tables.iter().chain(new).cloned().collect();
-                        context.changed = Arc::new((changes.changed.clone(), ctx.sightings.newest().0));
-                        (context.tables, context.metrics) = (next.specs.clone(), next.metrics.clone());
-                        context.max_staleness = next.config.cache.max_staleness;
-                    });
-                    ctx.is_replaced();
-                    match work.await {
-                        Ok(()) => {}
-                        // It is delivered again. What Redis has is not known before that.
-                        Err(BridgeError::NotDrained(_)) => ctx.update(|status| status.fresh_as_of = None),
-                        Err(error) => return Err(error),
-                    }
-                    next.follows(ctx);
-                    // Somebody who asked by HTTP may be gone.
-                    answer.map(|answer| answer.send(Ok(changes)));
-                    return Ok(Some((next, asked)));
+        say_reloaded(ctx, &regenerated);
+        // Whoever asked by HTTP may be gone.
+        let answers = |answered| answer.map(|answer| answer.send(answered));
+        match regenerated {
+            Err(refused) => _ = answers(Err(refused)),
+            Ok(Regenerated { changes, next: None }) => _ = answers(Ok(changes)),
+            Ok(Regenerated { changes, next: Some(next) }) => {
+                // Before the session ends, so that readers see neither the end nor the beginning.
+                let asked = serve_with(&next, ctx, &changes, contexts);
+                ctx.is_replaced();
+                match work.await {
+                    Ok(()) => {}
+                    // It is delivered again. What Redis has is not known before that.
+                    Err(BridgeError::NotDrained(_)) => ctx.update(|status| status.fresh_as_of = None),
+                    Err(error) => return Err(error),
                 }
-                Ok(changes)
+                next.follows(ctx);
+                answers(Ok(changes));
+                return Ok(Some((next, asked)));
             }
-        };
-        answer.map(|answer| answer.send(answered));
+        }
     }
+}
+
+fn say_reloaded(ctx: &Context, regenerated: &Result<Regenerated, Refused>) {
+    match regenerated {
+        Err(Refused { reasons }) => {
+            let reasons = reasons.join("; ");
+            tracing::error!(reasons, "the configuration was read again and is refused, the old one stays");
+            let text = format!("a new configuration was refused: {reasons}");
+            ctx.history.happened(Level::Bad, Kind::Operator, None, text);
+        }
+        Ok(Regenerated { changes, .. }) => {
+            let text = changes.text();
+            tracing::info!("the configuration was read again: {text}");
+            ctx.history.happened(Level::Good, Kind::Operator, None, format!("reloaded: {text}"));
+        }
+    }
+}
+
+/// Lets HTTP use the next context. Returns what is asked from then on: what was asked before names the old tables, by their
+/// places, and must not reach the session of the new ones.
+fn serve_with(
+    next: &Context,
+    before: &Context,
+    changes: &Changes,
+    contexts: &watch::Sender<http::HttpContext>,
+) -> mpsc::Receiver<Asked> {
+    let (ask, asked) = mpsc::channel(ASKED_HELD);
+    contexts.send_modify(|context| {
+        let is_new = |spec: &&TableSpec| !context.all_tables.iter().any(|known| known.is_like(spec));
+        let new = next.specs.iter().filter(is_new);
+        context.all_tables = context.all_tables.iter().chain(new).cloned().collect();
+        context.changed = Arc::new((changes.changed.clone(), before.sightings.newest().0));
+        (context.tables, context.metrics) = (next.specs.clone(), next.metrics.clone());
+        (context.ask, context.max_staleness) = (ask, next.config.cache.max_staleness);
+    });
+    asked
 }
 
 /// Asks for a reload with each SIGHUP.

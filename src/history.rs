@@ -9,6 +9,7 @@ mod report;
 pub(crate) use report::{EventReport, HistoryReport};
 
 use crate::status::{Level, Moment, ReadCounts, Status};
+use crate::words::counted;
 use lags::{Counting, Lags, Percentiles, percentiles};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -296,7 +297,7 @@ impl From<Loads> for Happened {
             _ => "loaded",
         };
         let what = if tables == 1 { table.clone() } else { format!("{tables} tables") };
-        let rows = if rows == 1 { "1 row".to_owned() } else { format!("{rows} rows") };
+        let rows = counted(rows, "row");
         let text = format!("{verb} {what} in {} ms, {rows}: {because}", elapsed.as_millis());
         Happened { at, level: Level::Good, kind, table: (tables == 1).then_some(table), text }
     }

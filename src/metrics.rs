@@ -455,18 +455,10 @@ impl Metrics {
         }
     }
 
-    /// Removes the series of tables that are not among these.
-    pub fn leaves_only(&self, tables: &[TableSpec]) {
-        for family in self.registry.gather() {
-            for metric in family.get_metric() {
-                let label = metric.get_label().iter().find(|label| label.name() == "table");
-                let Some(name) = label.map(|label| label.value()) else { continue };
-                if !tables.iter().any(|table| table.name == name) {
-                    self.families.forget(name);
-                    self.counters.forget(name);
-                }
-            }
-        }
+    /// Removes the series of a table.
+    pub fn forget(&self, table: &str) {
+        self.families.forget(table);
+        self.counters.forget(table);
     }
 
     pub fn changes_applied(&self, table: TableId, op: Op, changes: u64) {

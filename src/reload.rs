@@ -1,6 +1,8 @@
 //! A configuration that is read again while the daemon runs: who asks, what comes of it, and what it cannot change.
 
 use crate::config::{Config, ConfigError};
+use crate::schema::TableSpec;
+use crate::words::listed;
 use tokio::sync::oneshot;
 
 /// How many requests to reload may wait. Further ones are refused as `busy`.
@@ -39,7 +41,9 @@ pub struct Changes {
 impl Changes {
     /// Between what the daemon runs with, and what was read again.
     pub fn between(old: &Config, new: &Config) -> Self {
-        let of = |config: &Config, name: &str| config.tables.iter().find(|table| table.name == name).cloned();
+        fn of<'c>(config: &'c Config, name: &str) -> Option<&'c TableSpec> {
+            config.tables.iter().find(|table| table.name == name)
+        }
         let mut changes = Changes::default();
         for table in &new.tables {
             match of(old, &table.name) {
@@ -63,11 +67,7 @@ impl Changes {
 
     /// For people.
     pub fn text(&self) -> String {
-        let of = |verb: &str, names: &[String]| match names {
-            [] => None,
-            [a, b, c, more @ ..] if !more.is_empty() => Some(format!("{verb} {a}, {b}, {c} and {} more", more.len())),
-            names => Some(format!("{verb} {}", names.join(", "))),
-        };
+        let of = |verb: &str, names: &[String]| (!names.is_empty()).then(|| format!("{verb} {}", listed(names)));
         let parts = [
             of("added", &self.added),
             of("removed", &self.removed),

@@ -64,8 +64,8 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ),
     // What others may see of the daemon.
     ("admin", &[]),
-    ("status", &["admin", "lsn", "schema", "checkpoint", "command::Op", "lanes", "nodes"]),
-    ("history", &["status"]),
+    ("status", &["admin", "lsn", "schema", "checkpoint", "command::Op", "lanes", "nodes", "words"]),
+    ("history", &["status", "words"]),
     ("metrics", &["command::Op", "nodes", "reason", "schema", "status"]),
     (
         "config",
@@ -83,7 +83,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "tls",
         ],
     ),
-    ("reload", &["config"]),
+    ("reload", &["config", "schema", "words"]),
     ("telemetry", &["config", "terminal"]),
     // No path to Postgres, and none to the writer.
     (

@@ -199,7 +199,8 @@ impl Context {
         self.epoch.fetch_max(before.epoch.load(Ordering::Relaxed), Ordering::Relaxed);
         self.set_walsender(before.walsender_pid.load(Ordering::Relaxed));
         self.remember(|memory| *memory = before.memory());
-        self.metrics.leaves_only(&self.specs);
+        let is_gone = |spec: &&TableSpec| !self.specs.iter().any(|of| of.name == spec.name);
+        before.specs.iter().filter(is_gone).for_each(|spec| self.metrics.forget(&spec.name));
         self.update(|status| {
             *status = status.for_tables(&before.specs, &self.specs);
             status.load_rate = self.config.cache.load_rate;

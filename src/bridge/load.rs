@@ -18,7 +18,7 @@ use crate::plan::key;
 use crate::plan::mapping::{self, Mapping};
 use crate::progress::visibility::Snapshot;
 use crate::remedy::Sql;
-use crate::resp::batch::{Encoding, Limits, RowsEncoder};
+use crate::resp::batch::{Encoding, Limits, Members, RowsEncoder};
 use crate::schema::{KeyTemplate, Oid, TableId, TableSpec};
 use crate::session::load_messages::{Content, Floor, Floors, FromLoad, KeysToRead, LoadOrder};
 use crate::sink::SinkError;
@@ -66,7 +66,7 @@ impl Pieces {
     /// Each hash slot costs a call, whether it gets one row or several. So more rows are written at once, and fewer chunks
     /// are held.
     pub fn of_hash_slots() -> Self {
-        let measures = Measures { pages_a_chunk: 128, chunks_out: 3, ..Measures::default() };
+        let measures = Measures { pages_a_chunk: 128, chunks_out: 3, members: Members::Unknown, ..Measures::default() };
         Pieces { measures, part: PartSize { rows: 16_000, bytes: 4 << 20 } }
     }
 }

@@ -9,5 +9,5 @@ pub(super) fn run(file: Option<&Path>) -> Result<(), Failure> {
     for warning in &config.warnings {
         say(&format!("prefetchd: {warning}"));
     }
-    print(config.to_toml())
+    print(&config.to_toml())
 }

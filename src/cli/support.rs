@@ -71,7 +71,7 @@ impl Report {
 
     fn config(&mut self, file: Option<&Path>) -> Option<Config> {
         let loaded = Config::load(file).map_err(|error| error.to_string());
-        self.add("config.toml", loaded.as_ref().map(|config| config.to_toml().to_owned()).map_err(Clone::clone));
+        self.add("config.toml", loaded.as_ref().map(|config| config.to_toml()).map_err(Clone::clone));
         if loaded.is_err() {
             self.left_out.push("check.txt, postgres.txt, redis.txt: there is no valid configuration".to_owned());
         }

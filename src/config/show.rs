@@ -7,15 +7,9 @@ use std::fmt::Write as _;
 
 const MASK: &str = "***";
 
-pub(super) fn toml(merged: &Merged, tables: &[TableSpec]) -> Result<String, ConfigError> {
-    let mut out = String::new();
-    let mut section = "";
-    for (key, kind, _) in SETTINGS {
-        let (within, name) = key.split_once('.').unwrap_or_default();
-        if within != section {
-            let _ = writeln!(out, "{}[{within}]", if out.is_empty() { "" } else { "\n" });
-            section = within;
-        }
+/// Returns every setting but those of tables, as it is shown, in the order of [`SETTINGS`].
+pub(super) fn settings(merged: &Merged) -> Result<Vec<(&'static str, String)>, ConfigError> {
+    let setting = |(key, kind, _): &(&'static str, Kind, &str)| {
         let text = merged.text(key)?;
         let value = match kind {
             Kind::Text | Kind::Size | Kind::Time => quoted(&text),
@@ -31,6 +25,20 @@ pub(super) fn toml(merged: &Merged, tables: &[TableSpec]) -> Result<String, Conf
                 format!("[{}]", names.join(", "))
             }
         };
+        Ok((*key, value))
+    };
+    SETTINGS.iter().map(setting).collect()
+}
+
+pub(super) fn toml(settings: &[(&'static str, String)], tables: &[TableSpec]) -> String {
+    let mut out = String::new();
+    let mut section = "";
+    for (key, value) in settings {
+        let (within, name) = key.split_once('.').unwrap_or_default();
+        if within != section {
+            let _ = writeln!(out, "{}[{within}]", if out.is_empty() { "" } else { "\n" });
+            section = within;
+        }
         let _ = writeln!(out, "{name} = {value}");
     }
     for table in tables {
@@ -48,7 +56,7 @@ pub(super) fn toml(merged: &Merged, tables: &[TableSpec]) -> Result<String, Conf
             let _ = writeln!(out, "\n[[tables.lookups]]\nname = {name}\nkey = {key}\norder = {order}");
         }
     }
-    Ok(out)
+    out
 }
 
 /// Uses the largest unit up to hours that divides it, because people write `24h` here rather than `1day`.

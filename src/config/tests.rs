@@ -106,7 +106,7 @@ fn lookups_are_read_and_shown_again() {
     let columns: Vec<_> = by_tag.key.columns.iter().map(|column| (column.name.as_str(), column.each_element)).collect();
     assert_eq!(columns, [("tags", true), ("id", false)]);
     assert_eq!((all.key.to_string().as_str(), all.order.as_deref()), ("a-all", Some("place")));
-    let again = Config::parse(config.to_toml(), "f", &HashMap::new()).expect("as it was shown");
+    let again = Config::parse(&config.to_toml(), "f", &HashMap::new()).expect("as it was shown");
     assert_eq!(again.tables, config.tables);
     assert!(config.lookup_prefixes() == ["a-by:{x}:", "a-all"] && !config.one_slot());
 }
@@ -411,7 +411,7 @@ fn a_password_command_is_a_list_of_words_that_are_taken_as_they_are() {
     let in_variable = parse(TABLE, &[("PREFETCHD__POSTGRES__PASSWORD_COMMAND", words)]).expect("good");
     for config in [&in_file, &in_variable] {
         assert!(config.to_toml().contains(shown), "{}", config.to_toml());
-        let again = parse(config.to_toml(), &[]).expect("what it printed");
+        let again = parse(&config.to_toml(), &[]).expect("what it printed");
         assert!(again.postgres.target.password == config.postgres.target.password);
         assert_eq!(format!("{:?}", config.postgres.target.password), "printed by sh");
     }
@@ -584,7 +584,7 @@ fn the_effective_settings_can_be_read_again() {
          [[tables]]\nname = \"d\"\ntable = 'x.\"Y z\"'\nkey = \"d:{{id}}:{{a}}\"\n{more}\n{TABLE}"
     );
     let config = parse(&text, &[("PREFETCHD__CACHE__TTL", "2h")]).expect("good");
-    let again = parse(config.to_toml(), &[]).expect("what it printed");
+    let again = parse(&config.to_toml(), &[]).expect("what it printed");
     assert_eq!(format!("{again:?}"), format!("{config:?}"));
     assert_eq!(again.tables, config.tables);
     assert!(config.to_toml().contains("slot = \"s\"\n") && config.to_toml().contains("ttl = \"2h\""));

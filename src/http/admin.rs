@@ -7,7 +7,7 @@
 
 use super::app::{AdminToken, App};
 use super::connection::ClientAddress;
-use super::refusal::{OperationRefused, Problem, Refusal, UnknownTable};
+use super::refusal::{NotAllowed, OperationRefused, Problem, Refusal, UnknownTable};
 use super::target;
 use crate::admin::{self, Answer, Asked, Operation, Repair, Scope, Tally};
 use crate::history::Kind;
@@ -273,7 +273,7 @@ struct Skip {
 /// Apply nothing more, until resume or a restart. Answers when that is so.
 #[utoipa::path(post, path = "/v1/admin/pause", tag = "operations", security(("token" = [])), responses(
     (status = 200, description = "Done.", body = Paused),
-    OperationRefused,
+    NotAllowed, OperationRefused,
 ))]
 pub(super) async fn pause(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Nothing {} = parse(&body)?;
@@ -283,7 +283,7 @@ pub(super) async fn pause(State(app): State<Arc<App>>, body: Body) -> Result<Res
 /// Go on after a pause.
 #[utoipa::path(post, path = "/v1/admin/resume", tag = "operations", security(("token" = [])), responses(
     (status = 200, description = "Done.", body = Paused),
-    OperationRefused,
+    NotAllowed, OperationRefused,
 ))]
 pub(super) async fn resume(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Nothing {} = parse(&body)?;
@@ -293,7 +293,7 @@ pub(super) async fn resume(State(app): State<Arc<App>>, body: Body) -> Result<Re
 /// Load again from Postgres while the stream goes on; no live key goes missing. Without a table: all.
 #[utoipa::path(post, path = "/v1/admin/refetch", tag = "operations", request_body = Refetch, security(("token" = [])), responses(
     (status = 200, description = "Done.", body = Refetched),
-    OperationRefused, UnknownTable,
+    NotAllowed, OperationRefused, UnknownTable,
 ))]
 pub(super) async fn refetch(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Refetch { table } = parse(&body)?;
@@ -304,7 +304,7 @@ pub(super) async fn refetch(State(app): State<Arc<App>>, body: Body) -> Result<R
 /// Compare every row with the cache, exactly, and mend what differs where asked.
 #[utoipa::path(post, path = "/v1/admin/verify", tag = "operations", request_body = Verify, security(("token" = [])), responses(
     (status = 200, description = "Done.", body = Verified),
-    OperationRefused, UnknownTable,
+    NotAllowed, OperationRefused, UnknownTable,
 ))]
 pub(super) async fn verify(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Verify { table, repair } = parse(&body)?;
@@ -316,7 +316,7 @@ pub(super) async fn verify(State(app): State<Arc<App>>, body: Body) -> Result<Re
 /// Remove rows from the cache, to practise: they are missed until the next refetch.
 #[utoipa::path(post, path = "/v1/admin/invalidate", tag = "operations", request_body = Invalidate, security(("token" = [])), responses(
     (status = 200, description = "Done.", body = Deleted),
-    OperationRefused, UnknownTable,
+    NotAllowed, OperationRefused, UnknownTable,
 ))]
 pub(super) async fn invalidate(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Invalidate { table, keys } = parse(&body)?;
@@ -331,7 +331,7 @@ pub(super) async fn invalidate(State(app): State<Arc<App>>, body: Body) -> Resul
 /// Remove every row of a table from the cache, to practise.
 #[utoipa::path(post, path = "/v1/admin/clear", tag = "operations", request_body = Clear, security(("token" = [])), responses(
     (status = 200, description = "Done.", body = Deleted),
-    OperationRefused, UnknownTable,
+    NotAllowed, OperationRefused, UnknownTable,
 ))]
 pub(super) async fn clear(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Clear { table, confirm } = parse(&body)?;
@@ -347,7 +347,7 @@ pub(super) async fn clear(State(app): State<Arc<App>>, body: Body) -> Result<Res
 /// Go past a transaction that Postgres cannot send, then load every table.
 #[utoipa::path(post, path = "/v1/admin/skip", tag = "operations", request_body = Skip, security(("token" = [])), responses(
     (status = 200, description = "Done.", body = Skipped),
-    OperationRefused,
+    NotAllowed, OperationRefused,
 ))]
 pub(super) async fn skip(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Skip { lsn } = parse(&body)?;
@@ -359,7 +359,7 @@ pub(super) async fn skip(State(app): State<Arc<App>>, body: Body) -> Result<Resp
 #[utoipa::path(post, path = "/v1/admin/reload", tag = "operations", security(("token" = [])), responses(
     (status = 200, description = "What has changed. Settings that need a restart stay as they are.", body = Reloaded),
     (status = 422, description = "`invalid_configuration`: it is refused, and nothing has changed.", body = Problem),
-    OperationRefused,
+    NotAllowed, OperationRefused,
 ))]
 pub(super) async fn reload(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Nothing {} = parse(&body)?;

@@ -4,7 +4,7 @@
 
 use super::admin::{Body, guard, parse};
 use super::app::App;
-use super::refusal::{OperationRefused, Problem, Refusal};
+use super::refusal::{NotAllowed, OperationRefused, Problem, Refusal};
 use crate::demo::{DemoRefusal, DemoRequest};
 use axum::extract::{Path, State};
 use axum::middleware::from_fn_with_state;
@@ -41,7 +41,7 @@ pub(super) fn has(path: &str) -> bool {
     request_body = serde_json::Value,
     responses(
         (status = 200, description = "Done, and how long it took.", body = serde_json::Value),
-        OperationRefused,
+        NotAllowed, OperationRefused,
         (status = 404, description = "`unknown_route`: no such action.", body = Problem),
     ))]
 pub(super) async fn action(

@@ -221,38 +221,20 @@ pub(super) enum Misdirected {
     ForeignHost(#[to_schema] Problem),
 }
 
+/// What an operation may answer beside [`NotAllowed`].
 #[derive(IntoResponses)]
 #[allow(dead_code, reason = "a description")]
 pub(super) enum OperationRefused {
-    /// `bad_request`: the message says what is wrong.
-    #[response(status = 400)]
-    Bad(#[to_schema] Problem),
-    /// `unauthorized`: without the token, or with another.
-    #[response(status = 401)]
-    NoToken(#[to_schema] Problem),
-    /// `foreign_origin`. `admin_disabled`: with the token that `run` made, through a proxy or under a foreign `Host`; or
-    /// there is none.
-    #[response(status = 403)]
-    Forbidden(#[to_schema] Problem),
     /// `busy`: another one is under way. `paused`. `nothing_to_skip`. In a demo: `given_server`, `refused`.
     #[response(status = 409)]
     NotNow(#[to_schema] Problem),
-    /// `request_timeout`: the body did not come in time.
-    #[response(status = 408)]
-    Slow(#[to_schema] Problem),
-    /// `body_too_large`
-    #[response(status = 413)]
-    Large(#[to_schema] Problem),
-    /// `unsupported_media_type`: JSON only.
-    #[response(status = 415)]
-    NotJson(#[to_schema] Problem),
     /// `unavailable`, `interrupted`, `stopping`. `not_compared`: a comparison that cannot be made, with the reason; the table
     /// stays as it is.
     #[response(status = 503)]
     Unavailable(#[to_schema] Problem),
 }
 
-/// Of an operation that needs neither the stream nor a table.
+/// Of every operation: who may ask, and how.
 #[derive(IntoResponses)]
 #[allow(dead_code, reason = "a description")]
 pub(super) enum NotAllowed {

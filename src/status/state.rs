@@ -273,8 +273,7 @@ impl Status {
     /// The status of a daemon that goes on with other tables. What is the same is as it was.
     pub fn for_tables(&self, old: &[TableSpec], new: &[TableSpec]) -> Self {
         let table = |spec: &TableSpec| {
-            let place = old.iter().position(|before| before.is_like(spec) || before.name == spec.name);
-            let known = place.and_then(|place| self.tables.get(place).filter(|_| old[place].is_like(spec)));
+            let known = old.iter().position(|before| before.is_like(spec)).and_then(|place| self.tables.get(place));
             let state = self.tables.iter().any(|table| table.state.is_some()).then_some(TableState::Loading);
             known.cloned().unwrap_or_else(|| TableStatus { state, ..TableStatus::starting(spec) })
         };

@@ -7,6 +7,7 @@
 use super::state::{Moment, State, Status, TableStatus};
 use crate::admin::Tally;
 use crate::checkpoint::{Blocked, TableState};
+use crate::words::{MOST_NAMES, counted, listed};
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,8 +15,6 @@ use std::time::{Duration, Instant};
 
 /// The server is asked once a second; a longer silence than this is reported.
 const SILENT: Duration = Duration::from_secs(4);
-/// How many tables a sentence names. Of more, it says how many they are.
-const MOST_NAMES: usize = 3;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -144,7 +143,7 @@ impl Status {
         problems.extend(self.drift());
         problems.extend(self.not_compared());
         if self.dead_letters() > 0 {
-            let text = format!("{} could not become a row in Redis.", of(self.dead_letters(), "change"));
+            let text = format!("{} could not become a row in Redis.", counted(self.dead_letters(), "change"));
             problems.push(Finding::warning(text, "Look at the dead letters: each says its table, key and reason."));
         }
         problems.extend(self.more_dead_letters());
@@ -213,7 +212,7 @@ impl Status {
         let mut text = format!("Paused: nothing is applied, changes wait in Postgres{kept}.");
         let of_state = |wanted: fn(&TableStatus) -> bool| {
             let tables = self.tables.iter().filter(|t| t.blocked.is_none()).filter(|t| wanted(t));
-            listed(tables.map(|t| format!("{}{}", t.name, because(t))), ", ")
+            listed(&tables.map(|t| format!("{}{}", t.name, because(t))).collect::<Vec<_>>())
         };
         let lost = of_state(|t| t.state == Some(TableState::Healing));
         // Removed keys are reported separately.
@@ -234,7 +233,7 @@ impl Status {
         if self.healing_slots > 0 {
             text += &format!(
                 " Meanwhile Redis has lost what it had in {}: reads of it get 503, and nothing is loaded before you resume.",
-                of(u64::from(self.healing_slots), "hash slot")
+                counted(self.healing_slots, "hash slot")
             );
         }
         if !partial.is_empty() {
@@ -260,7 +259,7 @@ impl Status {
         if self.healing_slots > 0 {
             let text = format!(
                 "Healing {}. Readers of what lies there get 503 meanwhile, others do not.",
-                of(u64::from(self.healing_slots), "hash slot")
+                counted(self.healing_slots, "hash slot")
             );
             problems.push(Finding::warning(text, "Wait: it is loaded again from Postgres."));
         }
@@ -272,7 +271,7 @@ impl Status {
         }
         let again = self.tables.iter().filter(|t| t.blocked.is_none() && !t.removed);
         let again = again.filter(|t| t.state == Some(TableState::Incomplete)).map(|t| t.name.to_string());
-        let again = listed(again, ", ");
+        let again = listed(&again.collect::<Vec<_>>());
         if !again.is_empty() {
             let text = format!("Some rows of {again} are being read again from Postgres.");
             problems.push(Finding::warning(text, "Wait."));
@@ -282,7 +281,7 @@ impl Status {
 
     fn removed_keys(&self) -> Option<Finding> {
         let removed = self.tables.iter().filter(|t| t.removed && t.state == Some(TableState::Incomplete));
-        let removed = listed(removed.filter(|t| t.blocked.is_none()).map(|t| t.name.to_string()), ", ");
+        let removed = listed(&removed.filter(|t| t.blocked.is_none()).map(|t| t.name.to_string()).collect::<Vec<_>>());
         if removed.is_empty() {
             return None;
         }
@@ -308,7 +307,7 @@ impl Status {
         };
         let mut findings: Vec<Finding> = blocked.iter().take(MOST_NAMES).map(finding).collect();
         if let Some(more) = blocked.len().checked_sub(MOST_NAMES).filter(|more| *more > 0) {
-            let text = format!("{} more are blocked.", of(more as u64, "table"));
+            let text = format!("{} more are blocked.", counted(more as u64, "table"));
             findings.push(Finding::bad(text, "The list of tables has the cause and the remedy of each."));
         }
         findings
@@ -325,7 +324,7 @@ impl Status {
             (sum.lookups, "wrong in lookups"),
         ];
         let found: Vec<String> = kinds.iter().filter(|(n, _)| *n > 0).map(|(n, kind)| format!("{n} {kind}")).collect();
-        let tables = listed(differ.iter().map(|table| table.name.to_string()), ", ");
+        let tables = listed(&differ.iter().map(|table| table.name.to_string()).collect::<Vec<_>>());
         (!differ.is_empty()).then(|| {
             let text = format!("A verify of {tables} found drift, not repaired: {}.", found.join(", "));
             Finding::warning(text, "prefetchd verify --repair mends this.").with(Action::Repair)
@@ -340,14 +339,15 @@ impl Status {
             }
         }
         let finding = |(why, tables): (&str, Vec<String>)| {
-            let tables = listed(tables.into_iter(), ", ");
+            let tables = listed(&tables);
             Finding::warning(format!("{tables} could not be compared with Postgres: {}", sentence(why)), "")
         };
         causes.into_iter().map(finding).collect()
     }
 
     fn more_dead_letters(&self) -> Option<Finding> {
-        let tables = listed(self.tables.iter().filter(|t| t.more_dead_letters).map(|t| t.name.to_string()), ", ");
+        let tables =
+            listed(&self.tables.iter().filter(|t| t.more_dead_letters).map(|t| t.name.to_string()).collect::<Vec<_>>());
         (!tables.is_empty()).then(|| {
             let text = format!(
                 "More rows of {tables} cannot be held by Redis than are on record: what is missing of it is 503."
@@ -423,19 +423,6 @@ impl Progress {
         let rows_left = self.estimated.checked_sub(self.rows).filter(|left| *left > 0 && says_much)?;
         Some(Duration::from_secs((elapsed.as_secs_f64() * rows_left as f64 / self.rows as f64).ceil() as u64))
     }
-}
-
-/// At most a few of them, and how many more there are.
-fn listed(names: impl Iterator<Item = String>, separator: &str) -> String {
-    let names: Vec<String> = names.collect();
-    match names.len().checked_sub(MOST_NAMES) {
-        Some(more) if more > 0 => format!("{} and {more} more", names[..MOST_NAMES].join(separator)),
-        _ => names.join(separator),
-    }
-}
-
-fn of(n: u64, what: &str) -> String {
-    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
 fn size(bytes: u64) -> String {

@@ -152,7 +152,11 @@ pub struct TableSpec {
 impl TableSpec {
     /// Whether it is the same, at whatever place of the configuration.
     pub fn is_like(&self, other: &TableSpec) -> bool {
-        *self == TableSpec { id: self.id, ..other.clone() }
+        let TableSpec { id: _, name, table, key, columns, rename, null, ttl_ms, format, lookups } = self;
+        // The name first: most others differ by it.
+        (name, table, key, columns) == (&other.name, &other.table, &other.key, &other.columns)
+            && (rename, null, ttl_ms) == (&other.rename, &other.null, &other.ttl_ms)
+            && (format, lookups) == (&other.format, &other.lookups)
     }
 
     /// The text that each key of a row begins with, and those of the keys of lists.

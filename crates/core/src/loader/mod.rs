@@ -23,7 +23,7 @@ pub use patience::CONNECTION_PATIENCE;
 
 use crate::command::Key;
 use crate::plan::key::{self, Area};
-use crate::resp::batch::Limits;
+use crate::resp::batch::{Limits, Members};
 use crate::schema::{TableId, TableSpec};
 use crate::session::load_messages::{ChunkId, FromLoad, KeysToRead, LoadId, LoadOrder, Verdict};
 use beginnings::{Beginning, LookUp};
@@ -49,11 +49,14 @@ pub struct Measures {
     pub chunks_out: usize,
     /// How many small tables or partitions may be read together, as if they were one chunk of a large table.
     pub together: usize,
+    /// Whether the rows of a table that had none bring the commands for their memberships.
+    pub members: Members,
 }
 
 impl Default for Measures {
     fn default() -> Self {
-        Measures { pages_a_chunk: 64, keys_a_question: 4_000, readers: 2, chunks_out: 5, together: 32 }
+        let (readers, chunks_out, members) = (2, 5, Members::Encoded);
+        Measures { pages_a_chunk: 64, keys_a_question: 4_000, readers, chunks_out, together: 32, members }
     }
 }
 

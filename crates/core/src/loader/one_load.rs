@@ -74,9 +74,9 @@ impl<T> Active<T> {
         Active { id, purpose, attempt, table, only, filenodes, reads_alone, was_locked, todo, out, is_empty, sweep }
     }
 
-    pub fn members(&self) -> Members {
+    pub fn members(&self, measures: &Measures) -> Members {
         match self.is_empty {
-            true => Members::Encoded,
+            true => measures.members,
             false => Members::Unknown,
         }
     }

@@ -58,7 +58,7 @@ impl<T: Clone> Loader<T> {
             let packs = attempt.is_some() && asks == Asks::Load;
             let limits = if packs { self.limits } else { self.limits.unpacked() };
             let members = match self.loads.get(table) {
-                Some(load) if attempt.is_some() => load.members(),
+                Some(load) if attempt.is_some() => load.members(&self.measures),
                 _ => Members::Unknown,
             };
             let (table, task, described) = (*table, task.clone(), described.clone().unwrap_or_else(of_load));

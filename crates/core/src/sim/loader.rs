@@ -77,6 +77,7 @@ impl Errands {
             readers: 2,
             chunks_out: *world.rng.pick(&[3, 5]),
             together: *world.rng.pick(&[1, 3]),
+            members: Members::Encoded,
         };
         let mut errands = Errands {
             loader: loader::Loader::new(setting.specs.clone(), setting.limits, measures, retired),
