@@ -1,6 +1,8 @@
 //! Passwords that change while daemons run: with the new password in a file, or printed by a program, everything continues
 //! without help.
 
+use crate::harness::scene::Scene;
+use crate::harness::watcher::HttpWatcher;
 use crate::harness::{Cluster, Daemon, Postgres, Redis, Settings, psql, run_program};
 use prefetchd::cli::servers::redis_password;
 use serde_json::{Value, json};
@@ -208,6 +210,76 @@ async fn the_password_command_of_redis_runs_for_every_connection() {
         let ran = run_program(&settings, &[command]).await;
         assert!(ran.code == Some(0) && !ran.said().contains("three"), "{ran:?}");
     }
+}
+
+/// Both passwords change several times under load, each time in another order. Readers of Redis and of both daemons see
+/// nothing lost, backward, torn or missing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn passwords_are_rotated_while_rows_are_written_and_read() {
+    let mut scene = Scene::quiet(guarded(), Redis::start(), 2_000).await;
+    let dir = tempfile::tempdir().unwrap();
+    let (of_postgres, of_redis) = (dir.path().join("postgres"), dir.path().join("redis"));
+    let (with_user, user, password) = redis_settings(&scene.postgres, &scene.redis);
+    replace(&of_postgres, "one");
+    replace(&of_redis, &password);
+    scene.settings = with_user
+        .tables(scene.settings.tables_toml())
+        .text("postgres.url", &scene.postgres.bare_url("prefetchd"))
+        .set("postgres.password_command", &prints(&of_postgres))
+        .set("redis.password_command", &prints(&of_redis));
+    scene.write();
+    let daemons = [scene.daemon().await, scene.daemon().await];
+    let http = HttpWatcher::start(scene.traffic, 1);
+    for daemon in &daemons {
+        daemon.allow_warnings();
+        daemon.ready().await;
+    }
+    http.ask(daemons.iter().map(Daemon::address).collect()).await;
+    let all_is_well = async || {
+        scene.more_is_written(100).await;
+        let position = scene.postgres.position().await;
+        for daemon in &daemons {
+            daemon.applied(position).await;
+            daemon.ready().await;
+        }
+    };
+    for round in 0..4 {
+        let password = format!("round {round}");
+        let in_postgres = || psql(&scene.postgres.url("postgres"), &format!("ALTER ROLE prefetchd PASSWORD '{password}'"));
+        let server_first = round % 2 == 0;
+        if server_first {
+            in_postgres();
+            end_connections(&scene.postgres);
+            scene.more_is_written(100).await;
+            replace(&of_postgres, &password);
+        } else {
+            replace(&of_postgres, &password);
+            in_postgres();
+            end_connections(&scene.postgres);
+        }
+        all_is_well().await;
+
+        if server_first {
+            set_redis_password(&scene.redis, &user, &password).await;
+            scene.more_is_written(100).await;
+            replace(&of_redis, &password);
+        } else {
+            // The old one is good until everybody has the new one.
+            scene.redis.command::<()>(&["ACL", "SETUSER", &user, &format!(">{password}")]).await;
+            replace(&of_redis, &password);
+            scene.redis.command::<i64>(&["CLIENT", "KILL", "USER", &user]).await;
+            all_is_well().await;
+            set_redis_password(&scene.redis, &user, &password).await;
+        }
+        all_is_well().await;
+    }
+    let loads = daemons[0].metrics().await["prefetchd_rows_loaded_total{table=\"items\"}"]
+        + daemons[1].metrics().await["prefetchd_rows_loaded_total{table=\"items\"}"];
+    assert!(loads <= 2_000.0, "loaded once: {loads}");
+    http.stop().await;
+    let [first, second] = daemons;
+    assert_eq!(second.stop().await, Some(0));
+    scene.ends(first).await;
 }
 
 #[tokio::test]
