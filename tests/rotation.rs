@@ -245,7 +245,8 @@ async fn passwords_are_rotated_while_rows_are_written_and_read() {
     };
     for round in 0..4 {
         let password = format!("round {round}");
-        let in_postgres = || psql(&scene.postgres.url("postgres"), &format!("ALTER ROLE prefetchd PASSWORD '{password}'"));
+        let in_postgres =
+            || psql(&scene.postgres.url("postgres"), &format!("ALTER ROLE prefetchd PASSWORD '{password}'"));
         let server_first = round % 2 == 0;
         if server_first {
             in_postgres();

@@ -586,6 +586,16 @@ impl Redis {
         Ok((found, given))
     }
 
+    /// Returns the tables of which keys may have expired while nothing renewed them.
+    pub fn tables_that_may_have_expired(&self) -> Result<BTreeSet<u16>, String> {
+        let Some(checkpoint) = self.checkpoint()?.filter(|_| self.hours_passed) else { return Ok(BTreeSet::new()) };
+        let is_over = |table: &u16| {
+            let mark = checkpoint.tables.get(&super::postgres::name(*table).table);
+            mark.and_then(|mark| mark.ttl_until_ms).is_some_and(|until| until <= self.time_ms)
+        };
+        Ok((0..super::postgres::TABLES).filter(is_over).collect())
+    }
+
     /// Returns the keys of lists at which something else lies.
     pub fn other_types(&self, lookups: &BTreeMap<u16, Arc<Lookups>>) -> BTreeSet<Key> {
         let kind = |list: &Key| lookups.values().find_map(|of| of.kind_at(list));
