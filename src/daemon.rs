@@ -16,7 +16,7 @@ use crate::token::Made;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, broadcast, mpsc, watch};
@@ -213,16 +213,29 @@ async fn reload_on_hangup(reloads: mpsc::Sender<Wanted>) {
     }
 }
 
+const SECOND: Duration = Duration::from_secs(1);
+/// A tick that is later than this is reported: nothing here takes that long, so the process stood still.
+const STOOD_STILL: Duration = Duration::from_secs(5);
+
 /// Records a figure a second.
 async fn keep_history(ctx: Arc<Context>) {
     let (metrics, history, status) = (&ctx.metrics, &ctx.history, ctx.watch_status());
     let mut level = None;
-    let mut second = tokio::time::interval(Duration::from_secs(1));
+    let mut second = tokio::time::interval(SECOND);
     second.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // The first one is at once.
     second.tick().await;
+    let mut last = Instant::now();
     loop {
         second.tick().await;
+        let stood = last.elapsed().saturating_sub(SECOND);
+        last = Instant::now();
+        if stood > STOOD_STILL {
+            let text =
+                format!("this process did not run for {} s: it was stopped, or its machine was", stood.as_secs());
+            tracing::warn!("{text}");
+            history.happened(Level::Warning, Kind::Interrupted, None, text);
+        }
         let (hits, misses) = metrics.read_counts().iter().fold((0, 0), |(h, m), of| (h + of.hits, m + of.misses));
         let totals = Totals { reads: ReadCounts { hits, misses }, errors: metrics.read_errors() };
         let status = Arc::clone(&status.borrow());
@@ -230,7 +243,11 @@ async fn keep_history(ctx: Arc<Context>) {
         history.second(&status, totals, now);
         let verdict = status.verdict(now, ctx.config.cache.max_staleness);
         if level.replace(verdict.level).is_some_and(|before| before != verdict.level) {
-            tracing::info!(verdict = verdict.level.as_str(), "{}", verdict.text);
+            let level = verdict.level.as_str();
+            match verdict.level {
+                Level::Bad => tracing::error!(verdict = level, "{}", verdict.text),
+                Level::Good | Level::Warning => tracing::info!(verdict = level, "{}", verdict.text),
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! `check` with broken setups: one line names the object, the problem and the remedy, and the last line sums up.
 
 use crate::harness::{Daemon, Feature, Postgres, Redis, Settings, eventually, psql, run_program};
+use nix::sys::signal::Signal;
 use nix::unistd::geteuid;
 use prefetchd::cli::servers::{postgres_password, redis_password};
 use std::collections::BTreeSet;
@@ -93,6 +94,13 @@ async fn an_address_that_is_taken_fails_but_by_the_daemon_itself() {
     std::thread::spawn(move || busy.incoming().flatten().for_each(|connection| overloaded(&connection)));
     let output = check("a daemon that is too busy to tell", &at(&address), 0).await;
     has_line(&output, "warn", &["http:", "does not tell its slot now", &address, &postgres.slot()]);
+
+    daemon.signal(Signal::SIGSTOP);
+    let frozen = format!("taken by a prefetchd that is frozen (pid {0}, state T): kill -CONT {0}", daemon.pid());
+    fails("a frozen daemon", &at(&here), &["http:", &here, &frozen]).await;
+    let ran = run_program(&at(&here), &["status", "--url", &format!("http://{here}")]).await;
+    assert!(ran.code == Some(1) && ran.said().contains("accepts connections but does not answer"), "{ran:?}");
+    daemon.signal(Signal::SIGCONT);
 
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
@@ -529,7 +537,7 @@ async fn a_redis_that_is_full_already_is_a_failure() {
     let settings = Settings::new(&postgres, &redis);
     let limit = async |limit: &str| redis.command::<()>(&["CONFIG", "SET", "maxmemory", limit]).await;
     limit("200kb").await;
-    fails("more than it may", &settings, &["redis: it uses", "all of maxmemory 204.8 kB", "raise maxmemory"]).await;
+    fails("more than it may", &settings, &["redis: it uses", "maxmemory is 204.8 kB", "CONFIG SET maxmemory "]).await;
     limit("100mb").await;
     has_line(&check("less than it may", &settings, 0).await, "ok", &["of maxmemory 104.9 MB used"]);
 }

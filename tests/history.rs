@@ -1,6 +1,7 @@
 //! The last 15 minutes are remembered: what happened, with its cause, and a figure a second, also for whoever comes later.
 
 use crate::harness::{Daemon, Postgres, Redis, eventually};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
@@ -23,6 +24,20 @@ async fn happened(daemon: &Daemon, kind: &str, contains: &str) -> Value {
     };
     let seen = eventually(&format!("{kind}: {contains}"), async || history(daemon).await, |h| find(h).is_some()).await;
     find(&seen).unwrap()
+}
+
+/// Whoever reads the history afterwards must not take Postgres for the cause.
+#[tokio::test]
+async fn a_process_that_stood_still_says_so() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.ready().await;
+    daemon.signal(Signal::SIGSTOP);
+    tokio::time::sleep(std::time::Duration::from_secs(8)).await;
+    daemon.signal(Signal::SIGCONT);
+    let stood = happened(&daemon, "interrupted", "this process did not run for ").await;
+    assert_eq!(stood["level"], "warning", "{stood}");
+    daemon.ready().await;
 }
 
 #[tokio::test]
@@ -56,6 +71,10 @@ async fn what_happened_is_remembered_with_its_cause() {
     assert_eq!(action(&daemon).await, "repair");
     daemon.operate("verify", &json!({"repair": true})).await;
     happened(&daemon, "verified", "1 differ, 1 repaired").await;
+    daemon.logged("differs from Postgres: cache:category:cat-001 is stale").await;
+    let verdict = daemon.status().await["verdict"].clone();
+    assert_eq!(verdict["level"], "good", "{verdict}");
+    assert!(verdict["text"].as_str().unwrap().contains("The last verify repaired 1 difference."), "{verdict}");
 
     postgres.execute("ALTER TABLE categories RENAME TO elsewhere").await;
     let blocked = happened(&daemon, "blocked", "categories cannot be followed: ").await;

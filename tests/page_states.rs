@@ -41,7 +41,7 @@ async fn a_blocked_table_is_the_first_sentence_and_the_first_row() {
     assert!(sentence.ends_with('.'), "{sentence}");
     browser.shows("#advice", "ALTER TABLE").await;
     browser.shows("#tables tr.blocked", "categories").await;
-    browser.shows("#tables tr.blocked", "To do: ALTER TABLE").await;
+    browser.shows("#tables tr.blocked", "To do: write table = ").await;
     title(&browser, &postgres, "✗ blocked – prefetchd").await;
     assert_eq!(browser.run("return document.querySelector('#act').checkVisibility()").await, false);
     browser.is_accessible("a blocked table").await;

@@ -200,6 +200,7 @@ impl Work<'_> {
                 Effect::TableCompared { table, what, tally, started } => {
                     self.observers.compared(table, what, tally, started);
                 }
+                Effect::Differs { table, keys } => self.observers.differs(table, &keys),
                 Effect::TableNotCompared { table, what, why } => self.observers.not_compared(table, what, why),
                 Effect::Compared { what, tally, elapsed } => {
                     self.observers.all_compared(what, tally, elapsed, self.machine.applied().0);

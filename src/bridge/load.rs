@@ -437,7 +437,10 @@ async fn missing(client: &PostgresClient, spec: &TableSpec, oid: Option<Oid>) ->
     Ok(match (now, oid) {
         (Some(now), _) => Blocked {
             because: format!("table {table} is called {now} now"),
-            remedy: format!("{} or configure {now} instead", Sql::Move { from: &now, to: table }),
+            remedy: format!(
+                "write table = \"{now}\" for {name} in the configuration, then prefetchd reload; or take its name back: {}",
+                Sql::Move { from: &now, to: table }
+            ),
         },
         (None, Some(_)) => Blocked {
             because: format!("table {table} was dropped"),

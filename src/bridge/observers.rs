@@ -5,9 +5,9 @@
 //! and monitoring something other than what happens.
 
 use super::context::Context;
-use crate::admin::Tally;
+use crate::admin::{DriftKind, Tally};
 use crate::checkpoint::{Blocked, TableState};
-use crate::command::Op;
+use crate::command::{Key, Op};
 use crate::history::{Kind, Load};
 use crate::lsn::EndLsn;
 use crate::metrics::Drift;
@@ -217,6 +217,13 @@ impl<'a> Observers<'a> {
             let others = status.last_load.as_ref().filter(|_| together).map_or(0, |last| last.rows);
             status.last_load = Some(LastLoad { rows: rows + others, elapsed, lsn, reason: because.text });
         });
+    }
+
+    /// Names keys, so that whoever looks for the cause has something to go by once they are repaired.
+    pub fn differs(&mut self, table: TableId, keys: &[(DriftKind, Key)]) {
+        let named = keys.iter().map(|(kind, key)| format!("{key} is {}", kind.as_str()));
+        let (table, named) = (self.name(table), named.collect::<Vec<_>>().join(", "));
+        tracing::info!(table, "differs from Postgres: {named}");
     }
 
     pub fn compared(&mut self, table: TableId, what: Heavy, tally: Tally, started: Instant) {

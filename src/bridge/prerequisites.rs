@@ -122,7 +122,8 @@ fn describe_table(
 ) -> Result<(u64, CatalogMark), BridgeError> {
     let Some(catalog) = catalog else {
         return Err(BridgeError::Setup(format!(
-            "table {} (tables.name = {:?}) does not exist in this database: create it, or correct `table`",
+            "table {} (tables.name = {:?}) does not exist in this database: if it has another name now, correct `table`, else \
+             create it",
             spec.table, spec.name
         )));
     };
@@ -185,7 +186,7 @@ pub fn require_create(ctx: &Context, because: &str) -> Result<(), BridgeError> {
     }
     let slot = &ctx.config.postgres.slot;
     Err(BridgeError::Setup(format!(
-        "{because}, and postgres.create is false: set postgres.create = true, or {}",
+        "slot {slot} is needed ({because}), and postgres.create is false: set postgres.create = true, or {}",
         Sql::CreateSlot { slot }
     )))
 }

@@ -113,14 +113,20 @@ pub async fn or_wait(
     }
 }
 
+/// Returns a `maxmemory` that leaves room beside so many bytes: for connections, batches, and some growth.
+pub fn megabytes_for(bytes: u64) -> u64 {
+    const BESIDE: u64 = 16;
+    bytes.saturating_add(bytes / 3).div_ceil(1 << 20) + BESIDE
+}
+
 /// Returns why the rows cannot fit; `None` if they may.
 pub fn refusal(needed: &WorkingSet, limit: u64) -> Option<String> {
     (needed.at_least > limit as f64).then(|| {
-        let room = size((needed.bytes * 1.3) as u64);
         format!(
-            "redis has maxmemory {}, and {needed}: nothing is loaded until they fit; raise maxmemory to about \
-             {room}, or configure fewer tables or columns",
-            size(limit)
+            "redis has maxmemory {}, and {needed}: nothing is loaded until they fit; raise maxmemory (CONFIG SET maxmemory {}mb, \
+             or more if Redis has other keys), or configure fewer tables or columns",
+            size(limit),
+            megabytes_for(needed.bytes as u64)
         )
     })
 }
@@ -160,7 +166,7 @@ mod tests {
         assert!(refusal(&of(2_000_000.0, 400_000.0), 1_000_000).is_none(), "the sample may be");
         assert!(refusal(&of(f64::MAX, 0.0), 0).is_some());
         let why = refusal(&of(2_000_000.0, 0.0), 1_000_000).expect("too much");
-        for part in ["maxmemory 1.0 MB", "about 2.0 MB", "1000 rows of about 2000 bytes", "2.6 MB"] {
+        for part in ["maxmemory 1.0 MB", "about 2.0 MB", "1000 rows of about 2000 bytes", "CONFIG SET maxmemory 19mb"] {
             assert!(why.contains(part), "{part}: {why}");
         }
     }

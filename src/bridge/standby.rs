@@ -41,7 +41,10 @@ pub async fn wait(ctx: &Context, client: &PostgresClient, facts: &ServerFacts) -
                     waited = Waited::ForAnother;
                     other.system_id = slot::system_identifier(&client.client).await?;
                 }
-                ctx.set_state(State::Standby, Some(format!("the slot is held by another process, pid {pid}")));
+                ctx.set_state(
+                    State::Standby,
+                    Some(format!("another daemon holds the slot (its Postgres backend has pid {pid})")),
+                );
                 other.look(ctx, client, facts).await?;
                 if other.hangs(Instant::now(), ctx.timing.hangs)
                     && slot::terminate_walsender(&client.client, pid, &ctx.application_name).await?

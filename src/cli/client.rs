@@ -32,6 +32,20 @@ pub(super) struct Door {
     pub token: Result<Secret, String>,
 }
 
+/// Says what it means that no answer came.
+fn silence(base: &str, error: &ureq::Error) -> String {
+    match error {
+        ureq::Error::Timeout(ureq::Timeout::Connect) | ureq::Error::ConnectionFailed | ureq::Error::HostNotFound => {
+            format!("{base} cannot be reached: {error}")
+        }
+        ureq::Error::Timeout(_) => format!(
+            "{base} accepts connections but does not answer: whatever listens there hangs, or is frozen (state T in ps: kill -CONT \
+             goes on with it); if it is prefetchd, restart it"
+        ),
+        error => format!("{base} does not answer: {error}"),
+    }
+}
+
 impl Client {
     /// Returns a client for the daemon at `url`, or for the configured one.
     pub(super) fn new(file: Option<&Path>, url: Option<&str>) -> Result<Self, Failure> {
@@ -66,7 +80,7 @@ impl Client {
     /// Returns any response, whatever its status.
     pub(super) fn get(&self, path: &str) -> Result<Response<Body>, String> {
         let request = self.agent.get(format!("{}{path}", self.base));
-        request.call().map_err(|error| format!("{} does not answer: {error}", self.base))
+        request.call().map_err(|error| silence(&self.base, &error))
     }
 
     /// Returns the JSON of a successful response, however long it takes, or the daemon's error message.
@@ -91,7 +105,7 @@ impl Client {
             request = request.header("Authorization", format!("Bearer {}", token.expose()));
         }
         let request = request.config().timeout_per_read(each_read).build();
-        let mut answer = request.send(body.to_string()).map_err(|error| format!("{base} does not answer: {error}"))?;
+        let mut answer = request.send(body.to_string()).map_err(|error| silence(&base, &error))?;
         let status = answer.status();
         let text = answer.body_mut().read_to_string().map_err(|error| format!("{base}{path}: {error}"))?;
         match serde_json::from_str::<serde_json::Value>(&text) {

@@ -136,7 +136,7 @@ fn reasons(status: Shown<'_>, ready: &Value) -> String {
     }
     let waiting = status.at("/waiting_for");
     if waiting != "-" && !ready["reasons"].to_string().contains(&waiting) {
-        let _ = writeln!(out, "  waiting for {waiting}");
+        let _ = writeln!(out, "  waiting: {waiting}");
     }
     out
 }

@@ -8,7 +8,7 @@ use super::bounds::{LOGIN_BYTES, REPLY_BYTES};
 use super::connect::{self, RedisTarget, Socket, Stream};
 use super::replies::{Replies, Reply};
 use crate::resp::{self, ELEMENT_BYTES, Token};
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -143,6 +143,40 @@ impl Link {
         command: &'static str,
     ) -> Result<[Reply; N], SinkError> {
         exactly(command, self.ask(request, N).await?)
+    }
+
+    /// Returns the bytes of all replies to a request that is small enough for Redis to read as a whole. They may have `most`
+    /// bytes.
+    pub async fn fetch(&mut self, request: &[u8], replies: usize, most: usize) -> Result<Bytes, SinkError> {
+        let lost = |error| SinkError::Lost { redis: self.target.to_string(), error };
+        self.socket.write.write_all(request).await.map_err(lost)?;
+        self.socket.write.flush().await.map_err(lost)?;
+        self.moved.add(request.len());
+        // How many elements are still to come, inside arrays or not.
+        let (mut at, mut left) = (0, replies as u64);
+        loop {
+            while let Some((token, len)) = resp::token(&self.received[at..])? {
+                at += len;
+                left -= 1;
+                if let Token::Array(items) = token {
+                    left = left.checked_add(items).ok_or(resp::Malformed::TooLong(most))?;
+                }
+                if left == 0 {
+                    return Ok(self.received.split_to(at).freeze());
+                }
+            }
+            if self.received.len() > most {
+                return Err(resp::Malformed::TooLong(most).into());
+            }
+            self.received.reserve(READ_BYTES);
+            match self.socket.read.read_buf(&mut self.received).await {
+                Ok(0) => {
+                    return Err(lost(io::Error::new(io::ErrorKind::UnexpectedEof, "Redis closed the connection")));
+                }
+                Ok(bytes) => self.moved.add(bytes),
+                Err(error) => return Err(lost(error)),
+            }
+        }
     }
 
     /// Writes a request while reading replies until `take` breaks, because Redis stops reading when its replies are not

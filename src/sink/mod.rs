@@ -25,6 +25,7 @@ mod reply;
 pub mod server;
 mod shards;
 pub mod survey;
+mod together;
 pub mod topology;
 pub mod writer;
 

@@ -10,6 +10,7 @@
 
 use super::bounds::{Allowance, BATCH_BYTES, ROWS_BYTES};
 use super::connect::{self, Address, Connection, RedisTarget};
+use super::together::{Apart, Together};
 use super::{Class, ErrorReply, Request, SinkError, Stored, error_reply, failed, server};
 use crate::command::{DeadKey, Key};
 use crate::format::Format;
@@ -23,7 +24,7 @@ use redis::{Cmd, FromRedisValue, Pipeline, RedisError, Value};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 use tokio::time::timeout;
@@ -31,9 +32,9 @@ use tokio::time::timeout;
 pub const READ_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// After a failed attempt to connect, reads fail at once for this long instead of all trying again.
-const RETRY_PAUSE: Duration = Duration::from_millis(100);
+pub(super) const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// A connection that has been idle for this long may have been dropped silently, as load balancers do.
-const IDLE: Duration = Duration::from_secs(10);
+pub(super) const IDLE: Duration = Duration::from_secs(10);
 const SCAN_COUNT: usize = 1000;
 /// Redis executes a request as a whole, so a batch hardly ever comes in between; twice is suspicious.
 pub(super) const ATTEMPTS: u32 = 5;
@@ -51,6 +52,8 @@ struct Shared {
     /// `None` if several calls share the connection at a time.
     allowance: Option<Allowance>,
     line: Mutex<Line>,
+    /// Started by the first read of a row.
+    together: OnceLock<Together>,
 }
 
 struct Line {
@@ -149,7 +152,7 @@ impl Reader {
 
     fn with(target: RedisTarget, own: OwnKeys, allowance: Option<Allowance>) -> Reader {
         let line = Mutex::new(Line { number: 0, state: LineState::Closed, answered: Instant::now() });
-        Reader(Arc::new(Shared { target, own, allowance, line }))
+        Reader(Arc::new(Shared { target, own, allowance, line, together: OnceLock::new() }))
     }
 
     /// Returns the rows at `keys`, the head of the checkpoint and the entry of `table`, all as of one moment.
@@ -185,7 +188,10 @@ impl Reader {
             suspects.iter().map(|key| own.dead_keys_of(key)).collect::<BTreeSet<_>>().into_iter().collect();
         let ask: Vec<Cmd> = hashes.iter().map(|key| redis::cmd("HGETALL").arg(key.as_bytes()).take()).collect();
         for _ in 0..ATTEMPTS {
-            let attempt = self.attempt(table, rows, &ask).await;
+            let attempt = match (rows, suspects) {
+                ((format, [key]), []) => self.together(table, format, key).await,
+                _ => self.attempt(table, rows, &ask).await,
+            };
             let (read, records) = attempt.map_err(|error| self.without_secret(error))?;
             if read.moments == Moments::Several {
                 continue;
@@ -200,6 +206,16 @@ impl Reader {
             return Ok((read, suspects.iter().map(dead).collect()));
         }
         Err(restless())
+    }
+
+    /// Like [`Self::attempt`] for one row.
+    async fn together(&self, table: &str, format: Format, key: &Key) -> Result<(Read, Vec<Value>), SinkError> {
+        let start = || Together::start(self.0.target.clone(), self.0.own.clone());
+        match self.0.together.get_or_init(start).read(table, format, key).await {
+            Ok(read) => Ok((read, Vec::new())),
+            Err(Apart::Silent) => Err(self.silent()),
+            Err(Apart::Otherwise) => self.attempt(table, (format, std::slice::from_ref(key)), &[]).await,
+        }
     }
 
     /// Returns the rows at `keys` with the checkpoint that preceded them, and the replies to the commands `beside`. All of it
@@ -511,17 +527,7 @@ impl Shared {
         let mut connection = opened.map_err(|error| error.at(&self.target))?;
         // If INFO is denied, continue without it.
         let info: Result<String, RedisError> = redis::cmd("INFO").query_async(&mut connection.link).await;
-        let value = |name: &str| info.as_ref().ok()?.lines().find_map(|line| line.strip_prefix(name));
-        // The Sentinels, or the nodes of a cluster, may not know yet that the server is no longer the master.
-        if value("role:").is_some_and(|role| role.trim() == "slave") {
-            let redis = self.target.to_string();
-            match &self.target.address {
-                Address::Sentinel(_) => return Err(SinkError::Replica { redis, master: None }),
-                Address::Cluster(cluster) => return Err(SinkError::Demoted { redis, lane: cluster.home }),
-                Address::Tcp(_) | Address::Unix(_) => {}
-            }
-        }
-        let server = value("run_id:").map(|id| id.trim().into());
+        let server = run_id(&self.target, info.as_deref().ok())?;
         Ok((connection, server))
     }
 
@@ -548,6 +554,24 @@ impl Shared {
             line.state = LineState::Closed;
         }
     }
+}
+
+/// Finds the run ID in what INFO says, if it says anything.
+///
+/// # Errors
+/// If the server is a replica where a master is meant.
+pub(super) fn run_id(target: &RedisTarget, info: Option<&str>) -> Result<RunId, SinkError> {
+    let value = |name: &str| info?.lines().find_map(|line| line.strip_prefix(name));
+    // The Sentinels, or the nodes of a cluster, may not know yet that the server is no longer the master.
+    if value("role:").is_some_and(|role| role.trim() == "slave") {
+        let redis = target.to_string();
+        match &target.address {
+            Address::Sentinel(_) => return Err(SinkError::Replica { redis, master: None }),
+            Address::Cluster(cluster) => return Err(SinkError::Demoted { redis, lane: cluster.home }),
+            Address::Tcp(_) | Address::Unix(_) => {}
+        }
+    }
+    Ok(value("run_id:").map(|id| id.trim().into()))
 }
 
 /// Whether another connection may help.

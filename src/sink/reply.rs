@@ -195,6 +195,8 @@ fn is_code(word: &str) -> bool {
 /// Returns the text up to the first quote, escape or non-ASCII character, where a server usually begins to repeat the
 /// request.
 fn unquoted(text: &str) -> String {
+    // What Redis says where it is full: the only quotes of its own around a word that matters.
+    let text = &text.replace("'maxmemory'", "maxmemory");
     let bytes = text.as_bytes();
     let alphanumeric = |at: Option<usize>| at.and_then(|at| bytes.get(at)).is_some_and(u8::is_ascii_alphanumeric);
     let ends = |(at, &byte): (usize, &u8)| match byte {
@@ -331,7 +333,10 @@ mod tests {
             ("ERR the password hunter2 is of no use", "ERR the password …"),
             ("ERR it's refused", "ERR it's refused"),
             ("NOPERM No permissions to access the 'cache:user:7' key", "NOPERM No permissions to access the …"),
-            ("OOM command not allowed when used memory > 'maxmemory'.", "OOM command not allowed when used memory > …"),
+            (
+                "OOM command not allowed when used memory > 'maxmemory'.",
+                "OOM command not allowed when used memory > maxmemory.",
+            ),
         ] {
             assert_eq!(shown(line, &hset), text, "{line}");
         }

@@ -328,6 +328,9 @@ impl Status {
             match (&table.blocked, table.state) {
                 (Some(why), _) => reasons.push(format!("table {} is blocked: {why}", table.name)),
                 (None, Some(TableState::Loaded)) => {}
+                (None, Some(TableState::Healing)) if self.paused => {
+                    reasons.push(format!("table {} was lost, and is loaded again once you resume: paused", table.name));
+                }
                 (None, state) => {
                     let state = table_state(state).unwrap_or("not known yet");
                     reasons.push(format!("table {} is {state}", table.name));

@@ -125,7 +125,14 @@ impl Status {
             (_, Some(operation)) => format!("All is well; a {operation} is under way."),
             (_, None) => "All is well: every table is in the cache and follows Postgres.".to_owned(),
         };
-        Verdict { level: Level::Good, text, remedy: "Nothing to do.".to_owned(), action: None }
+        let mut verdict = Verdict { level: Level::Good, text, remedy: "Nothing to do.".to_owned(), action: None };
+        if let Some(repaired) =
+            self.last_verify.as_ref().map(|last| last.tally.repaired).filter(|repaired| *repaired > 0)
+        {
+            verdict.text += &format!(" The last verify repaired {}.", counted(repaired, "difference"));
+            verdict.remedy = "Find out who else writes to these keys: the log names some of them.".to_owned();
+        }
+        verdict
     }
 
     /// The current problems, the most urgent kind first.
@@ -152,7 +159,7 @@ impl Status {
 
     fn of_the_state(&self, now: Moment) -> Option<Finding> {
         let kept = match self.slot_retained_bytes {
-            Some(bytes) => format!(" Postgres keeps {} of WAL meanwhile.", size(bytes)),
+            Some(bytes) => format!(" Postgres keeps at least {} of WAL meanwhile.", size(bytes)),
             None => String::new(),
         };
         let silent = self.last_contact.map(|at| now.instant.saturating_duration_since(at)).filter(|s| *s > SILENT);

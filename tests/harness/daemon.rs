@@ -239,7 +239,10 @@ impl Log {
 
     /// Returns the lines that a person would have to look at, and those that are not log lines, such as a panic's.
     fn unexpected(&self) -> Vec<String> {
-        let bad = |line: &&Value| !matches!(line["level"].as_str(), Some("INFO" | "DEBUG" | "TRACE"));
+        // Verdicts only sum up what is logged with its own cause.
+        let bad = |line: &&Value| {
+            !matches!(line["level"].as_str(), Some("INFO" | "DEBUG" | "TRACE")) && line["verdict"].is_null()
+        };
         let texts = self.lines.iter().filter(bad).map(ToString::to_string);
         texts.filter(|text| !self.allowed.iter().any(|allowed| text.contains(allowed))).collect()
     }
@@ -477,6 +480,9 @@ impl Daemon {
     // -------------------------------------------------------------------------------------------- its end
 
     pub fn signal(&self, signal: Signal) {
+        if signal == Signal::SIGSTOP {
+            self.allow_warning("this process did not run for");
+        }
         kill(self.pid(), signal).unwrap();
     }
 

@@ -52,6 +52,24 @@ pub struct Tally {
     pub repaired: u64,
 }
 
+/// How a key differs from Postgres.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DriftKind {
+    Missing,
+    Stale,
+    Orphaned,
+}
+
+impl DriftKind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            DriftKind::Missing => "missing",
+            DriftKind::Stale => "stale",
+            DriftKind::Orphaned => "orphaned",
+        }
+    }
+}
+
 impl Tally {
     /// Keys under the tables' prefixes, as they were before any repair.
     pub fn keys(&self) -> u64 {

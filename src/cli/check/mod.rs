@@ -5,6 +5,8 @@
 //! daemon. If a server cannot be reached, checks that depend on it are skipped.
 
 mod exposure;
+#[cfg(target_os = "linux")]
+mod holder;
 mod sink;
 mod source;
 
@@ -298,9 +300,7 @@ fn listen(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
                 "http: a prefetchd that has not reached postgres yet listens on {listen}: make sure that it is the one with slot {}",
                 config.postgres.slot
             ))?,
-            Listening::Other(who) => findings.fail(format!(
-                "http: {listen} is taken by {who}: choose another http.listen, or stop that program"
-            ))?,
+            Listening::Other(who) => findings.fail(format!("http: {listen} is taken by {}", taken(who, listen.port())))?,
         }
     }
     if free && listen.ip().is_loopback() {
@@ -313,6 +313,28 @@ fn listen(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
         "http: {listen} can be reached from other machines, and reads need no token: \
          put a proxy or firewall in front, or listen on 127.0.0.1"
     ))
+}
+
+const STRANGER: &str = "another program";
+
+/// Says who holds a port, and what to do. `who`: what it answers like.
+fn taken(who: &str, port: u16) -> String {
+    let remedy = "choose another http.listen, or stop that program";
+    #[cfg(target_os = "linux")]
+    if let Some(holder::Holder { pid, name, is_frozen }) = holder::of(port) {
+        return match (name.as_str(), is_frozen) {
+            ("prefetchd", true) => {
+                format!("a prefetchd that is frozen (pid {pid}, state T): kill -CONT {pid}, or restart it")
+            }
+            ("prefetchd", false) if who == STRANGER => {
+                format!("a prefetchd that does not answer (pid {pid}): restart it, or choose another http.listen")
+            }
+            (_, _) => format!("{who} ({name}, pid {pid}): {remedy}"),
+        };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = port;
+    format!("{who}: {remedy}")
 }
 
 /// What already listens on the configured address.
@@ -329,7 +351,7 @@ enum Listening {
 fn who_listens(config: &Config) -> Result<Listening, Failure> {
     let client = Client::of_a_stranger(config.http.listen)?;
     let Ok((status, _)) = client.json("/v1/status", &[200, 503]) else {
-        return Ok(Listening::Other("another program"));
+        return Ok(Listening::Other(STRANGER));
     };
     // Its health is told under any load, as opposed to its status.
     let is_alive = || client.json("/healthz", &[200]).is_ok_and(|(health, _)| health["status"] == "ok");
@@ -340,7 +362,7 @@ fn who_listens(config: &Config) -> Result<Listening, Failure> {
         Some(slot) if slot == config.postgres.slot.as_str() => Listening::Same,
         Some(_) => Listening::Other("a prefetchd with another slot"),
         None if status["state"].is_string() && status["tables"].is_array() => Listening::Starting,
-        None => Listening::Other("another program"),
+        None => Listening::Other(STRANGER),
     })
 }
 

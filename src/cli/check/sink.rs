@@ -299,9 +299,10 @@ fn eviction(redis: &str, server: &ServerInfo, findings: &mut Findings) -> Result
         (Some(limit), Some("noeviction")) if server.room_bytes == Some(0) => {
             let used = size(server.used_memory_bytes.unwrap_or_default());
             findings.fail(format!(
-                "{redis}: it uses {used}, all of maxmemory {}, and refuses every write: raise maxmemory (CONFIG SET \
-                 maxmemory), or remove keys",
-                size(limit)
+                "{redis}: it uses {used}, maxmemory is {}, and it refuses every write: CONFIG SET maxmemory {}mb (and the same in \
+                 redis.conf), or remove keys",
+                size(limit),
+                crate::bridge::room::megabytes_for(server.used_memory_bytes.unwrap_or_default())
             ))?;
         }
         (Some(limit), Some("noeviction")) => {

@@ -414,7 +414,10 @@ async fn tables(
         let table = match described {
             Ok(Some(table)) => table,
             Ok(None) => {
-                let text = format!("{} does not exist in this database: create it, or correct `table`", spec.table);
+                let text = format!(
+                    "{} does not exist in this database: if it has another name now, correct `table`, else create it",
+                    spec.table
+                );
                 findings.of_table(Level::Fail, spec, text)?;
                 continue;
             }

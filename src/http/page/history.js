@@ -73,7 +73,7 @@ function figures() {
   say("rate", rate.toFixed(rate < 10 ? 1 : 0));
   say("changes-in", `${several(span.changes, "change")} ${covered}`);
   say("hit-rate", percent(span.hits, span.hits + span.misses));
-  const outcome = `${count(span.hits)} hits, ${count(span.misses)} misses, ${count(span.errors)} errors`;
+  const outcome = `${count(span.hits)} hits, ${count(span.misses)} misses, ${several(span.errors, "error")}`;
   say("reads-in", span.reads ? `of ${several(span.reads, "HTTP read")} ${covered}: ${outcome}` : `no HTTP read ${covered}`);
 }
 

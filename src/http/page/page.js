@@ -13,7 +13,7 @@ const CHANGES_SHOWN = 50;
 function show(status) {
   showVerdict(status);
   say("version", status.version);
-  say("source", `${status.source.database ?? "?"} · slot ${status.source.slot ?? "?"} · up ${uptime(status.uptime_seconds)}`);
+  say("source", `${status.source.database ?? "?"} · slot ${status.source.slot ?? "?"} · ${location.host} · up ${uptime(status.uptime_seconds)}`);
   say("primary-reads", count(status.primary_reads));
   showSlot(status.slot);
   say("dead", count(status.dead_letters));

@@ -45,8 +45,7 @@ export function showVerdict(now) {
   judge(MARKS[level] ? level : "bad", text, remedy);
   const database = status.source.database ? ` ${status.source.database}` : "";
   document.title = level === "good" ? `✓ prefetchd${database}` : `${MARKS[level] ?? "✗"} ${trouble()} – prefetchd${database}`;
-  const said = text.toLowerCase();
-  list("reasons", reasons().filter((reason) => !said.includes(reason.toLowerCase())).map((reason) => element("li", reason)));
+  list("reasons", reasons().filter((reason) => !isSaid(reason, `${text} ${remedy}`)).map((reason) => element("li", reason)));
   offer(action ?? null);
   showRunning();
 }
@@ -63,6 +62,12 @@ function trouble() {
   return status.ready ? "warning" : "not ready";
 }
 
+/// Whether the verdict has all parts of a reason.
+function isSaid(reason, verdict) {
+  const parts = reason.replace(/^the stream does not run: \w+, waiting for /, "").split(": ");
+  return parts.every((part) => verdict.toLowerCase().includes(part.toLowerCase()));
+}
+
 /// Why it is not ready. Each table has a reason of its own: many are counted.
 function reasons() {
   const unready = status.tables.filter((table) => !table.loaded);
@@ -74,7 +79,7 @@ function reasons() {
 export function showSilence({ ms, isFirst }) {
   const since = ms < 1000 ? "" : ` for ${Math.round(ms / 1000)} s`;
   const old = isFirst ? "nothing is known yet" : "what follows is old";
-  judge("silent", `No answer from the daemon${since}: ${old}.`, "See whether it runs: prefetchd status, or its log. This page goes on trying.");
+  judge("silent", `No answer from the daemon${since}: ${old}.`, "See whether it runs: prefetchd status, its log, and ps. A process in state T is frozen (kill -CONT), one that hangs needs a restart. This page goes on trying.");
   if (status) sayLong("rest", `Before that, it said: ${status.verdict.text}`);
   const database = status?.source.database ? ` ${status.source.database}` : "";
   document.title = `● no answer – prefetchd${database}`;
@@ -108,7 +113,7 @@ function offer(action) {
 // ---------------------------------------------------------------------------------------------- what is under way
 
 function showRunning() {
-  const loading = status.tables.filter((table) => table.loading);
+  const loading = status.paused ? [] : status.tables.filter((table) => table.loading);
   at("running").hidden = !status.operation && loading.length === 0;
   const sum = (of) => loading.reduce((n, table) => n + table.loading[of], 0);
   // The estimate may be too low.

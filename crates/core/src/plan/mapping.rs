@@ -73,8 +73,8 @@ pub enum MappingError {
     )]
     IdentityNothing { table: String, remedy: String },
     #[error(
-        "table {table} has no primary key, so nothing identifies its rows: add one, or, where the key's columns are \
-         unique and never NULL: {remedy}"
+        "table {table} has no primary key, so nothing identifies its rows, and Postgres refuses every UPDATE and DELETE of it \
+         while it is published: give it a primary key, or, where the key's columns are unique and never NULL: {remedy}"
     )]
     NoIdentity { table: String, remedy: String },
     #[error(

@@ -12,7 +12,7 @@ use super::outbox::HEARTBEAT;
 use super::sweeping::Swept;
 use super::table::Load;
 use super::turn::Turn;
-use super::{Applied, Effect, Machine, load_messages::Purpose, weight_of_keys};
+use super::{Applied, Effect, Machine, NAMED, load_messages::Purpose, weight_of_keys};
 use crate::admin::{Answer, Repair, Tally};
 use crate::command::{self, Announced, Base, Command, DeadKey, DeadLetter, Key, Unwritable};
 use crate::format::Format;
@@ -263,7 +263,15 @@ impl Machine {
     pub(super) fn compared(&mut self, differences: &Differences, turn: &mut Turn) {
         let in_flight = self.batch_in_flight();
         assert!(matches!(in_flight.step, Step::Comparing), "nothing was compared");
-        in_flight.part.as_mut().expect("a part is being compared").compared(differences);
+        let part = in_flight.part.as_mut().expect("a part is being compared");
+        part.compared(differences);
+        let table = part.table;
+        let mut keys: Vec<_> = part.differing(differences).take(NAMED).map(|(kind, key)| (kind, key.clone())).collect();
+        let known = self.tables.get(table).load().map_or(0, |load| load.tally.drift());
+        keys.truncate(NAMED.saturating_sub(usize::try_from(known).unwrap_or(usize::MAX)));
+        if !keys.is_empty() {
+            turn.does(Effect::Differs { table, keys });
+        }
         self.continue_batch(turn);
     }
 

@@ -8,7 +8,7 @@ use super::load_messages::{Chunk, ChunkId, Content, LoadId, LoadOrder, Only, Pur
 use super::table::{Load, Table};
 use super::tables::Tables;
 use super::turn::Turn;
-use crate::admin::{Repair, Tally};
+use crate::admin::{DriftKind, Repair, Tally};
 use crate::command::{EncodedMembers, EncodedRows, Key, Unwritable};
 use crate::format::Format;
 use crate::lookups::Values;
@@ -56,7 +56,7 @@ pub(super) struct Compares {
 }
 
 /// What the keys that are not rows are.
-#[derive(PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum About {
     /// Keys superseded by the stream, which must therefore exist or be read again.
     LeftToTheStream,
@@ -147,6 +147,15 @@ impl JudgedPart {
             let same = rows.rows.iter().map(|(k, _)| k).filter(|k| !missing.contains(*k) && !stale.contains(*k));
             self.left_out.extend(same.cloned());
         }
+    }
+
+    /// Returns the keys that differ, each with how. Only right after they were compared.
+    pub fn differing<'a>(&'a self, differences: &'a Differences) -> impl Iterator<Item = (DriftKind, &'a Key)> {
+        let about = self.compares.as_ref().map(|compares| compares.about);
+        let orphaned = differences.present.iter().filter(move |_| about == Some(About::Orphans));
+        let of = |kind: DriftKind| move |key: &'a Key| (kind, key);
+        let missing = differences.missing.iter().map(of(DriftKind::Missing));
+        missing.chain(differences.stale.iter().map(of(DriftKind::Stale))).chain(orphaned.map(of(DriftKind::Orphaned)))
     }
 
     /// Adds keys that are superseded by the stream and must therefore exist.

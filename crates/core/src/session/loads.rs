@@ -129,7 +129,7 @@ impl Machine {
     pub(super) fn retry_broken(&mut self, turn: &mut Turn) {
         for table in self.tables.ids(|table| table.is_tried_again(turn.now)) {
             // Counted when it broke, not with every attempt.
-            let because = Reason::ordinary("it could not be followed before");
+            let because = Reason::ordinary("another try, as it could not be followed");
             self.begin_load(table, because, Trust::Incomplete, turn);
         }
     }

@@ -50,7 +50,7 @@ mod tables;
 pub mod takeover;
 mod turn;
 
-use crate::admin::{Answer, Operation, Refusal, Tally};
+use crate::admin::{Answer, DriftKind, Operation, Refusal, Tally};
 use crate::change::{CommitTime, Delivery};
 use crate::checkpoint::{Blocked, Checkpoint};
 use crate::command::{self, DeadKey, Key, Op};
@@ -138,6 +138,9 @@ pub enum Input {
     Tick,
 }
 
+/// How many keys that differ are named, of each comparison of a table.
+pub const NAMED: usize = 10;
+
 /// An effect that the daemon must perform. At most one `Probe`, `Inspect`, `Scan`, `Compare` or `Execute` is outstanding at a
 /// time; each answers with an input.
 #[derive(Debug)]
@@ -178,6 +181,11 @@ pub enum Effect {
         what: Heavy,
         tally: Tally,
         started: Instant,
+    },
+    /// These keys differ from Postgres. Only the first [`NAMED`] of a comparison are named.
+    Differs {
+        table: TableId,
+        keys: Vec<(DriftKind, Key)>,
     },
     /// A comparison was given up. The table stays as it is.
     TableNotCompared {

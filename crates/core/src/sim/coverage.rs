@@ -75,6 +75,7 @@ kinds! {
         "Renewed": Effect::Renewed(_),
         "TableLoaded": Effect::TableLoaded { .. },
         "TableCompared": Effect::TableCompared { .. },
+        "Differs": Effect::Differs { .. },
         "TableNotCompared": Effect::TableNotCompared { .. },
         "Compared": Effect::Compared { .. },
         "Settled": Effect::Settled(_),

@@ -739,7 +739,10 @@ impl Session {
                     world.loads += 1;
                     continue;
                 }
-                Effect::TableCompared { .. } | Effect::TableNotCompared { .. } | Effect::Compared { .. } => continue,
+                Effect::TableCompared { .. }
+                | Effect::Differs { .. }
+                | Effect::TableNotCompared { .. }
+                | Effect::Compared { .. } => continue,
                 Effect::Answer(AskId(number), answer) => {
                     self.answered(number, answer, world)?;
                     continue;
