@@ -3,9 +3,11 @@
 use super::connection::HttpLimits;
 use super::guesses::Guesses;
 use super::list::TableLists;
+use super::memo::Memo;
 use super::names::Names;
 use super::places::{Batches, Places};
 use crate::admin::Asked;
+use crate::checkpoint::{Checkpoint, TableMark};
 use crate::demo::DemoRequest;
 use crate::history::History;
 use crate::metrics::Metrics;
@@ -79,6 +81,10 @@ pub struct Page {
 pub(super) struct App {
     pub(super) context: HttpContext,
     pub(super) held: Arc<Held>,
+    /// The head of the checkpoint, as it was read last.
+    pub(super) heads: Memo<Checkpoint>,
+    /// The entry of each table, as it was read last.
+    pub(super) marks: Box<[Memo<TableMark>]>,
     /// The lookups of each table.
     pub(super) lists: Box<[Option<TableLists>]>,
     pub(super) stop: CancellationToken,

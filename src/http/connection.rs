@@ -5,15 +5,13 @@
 //! has been idle longest is closed, so that a client that tries to starve others loses its own connections. This module
 //! must not know what is served.
 
-use axum::Router;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::Response;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
-use hyper::service::{Service, service_fn};
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
-use hyper_util::service::TowerToHyperService;
 use nix::errno::Errno;
 use std::collections::HashMap;
 use std::io;
@@ -84,11 +82,16 @@ impl Default for HttpLimits {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ClientAddress(pub SocketAddr);
 
+/// What is served.
+pub(super) trait Serve: Clone + Send + Sync + 'static {
+    fn answer(self, peer: ClientAddress, request: hyper::Request<Incoming>) -> impl Future<Output = Response> + Send;
+}
+
 /// Serves until `stop`, then lets requests in flight finish, for at most [`HttpLimits::drain`]. Each request goes to the
-/// newest router.
+/// newest site.
 pub(super) async fn serve(
     listener: TcpListener,
-    routers: watch::Receiver<Router>,
+    sites: watch::Receiver<impl Serve>,
     limits: &HttpLimits,
     stop: &CancellationToken,
 ) {
@@ -105,15 +108,13 @@ pub(super) async fn serve(
     while let Some((stream, peer)) = stop.run_until_cancelled(accept(&listener, &open, limits)).await {
         while connections.try_join_next().is_some() {}
         let line = open.add();
-        let routers = routers.clone();
+        let sites = sites.clone();
         let of_service = Arc::clone(&line);
-        let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        let service = service_fn(move |request: hyper::Request<Incoming>| {
             of_service.now(Doing::Working);
-            request.extensions_mut().insert(ClientAddress(peer));
-            let service = TowerToHyperService::new(routers.borrow().clone());
-            let (answer, line) = (service.call(request), Arc::clone(&of_service));
+            let (site, line) = (sites.borrow().clone(), Arc::clone(&of_service));
             async move {
-                let answer: Response = answer.await?;
+                let answer = site.answer(ClientAddress(peer), request).await;
                 if !is_endless(&answer) {
                     line.now(Doing::Answering);
                 }

@@ -36,11 +36,16 @@ impl TableLists {
 }
 
 /// `GET /v1/lookups/{table}/{lookup}/{value...}`.
-pub(super) async fn list(State(app): State<Arc<App>>, Extension(peer): Extension<ClientAddress>, uri: Uri) -> Response {
-    match ListTarget::parse(&uri, &app.context.tables) {
+pub(super) async fn list(app: &App, peer: ClientAddress, uri: &Uri) -> Response {
+    match ListTarget::parse(uri, &app.context.tables) {
         Ok(target) => app.answer(peer, &target).await,
         Err(refusal) => refusal.into_response(),
     }
+}
+
+/// `HEAD` of the same.
+pub(super) async fn head(State(app): State<Arc<App>>, Extension(peer): Extension<ClientAddress>, uri: Uri) -> Response {
+    list(&app, peer, &uri).await
 }
 
 /// Rows about which a promise can be made: they, and no others, have the value.

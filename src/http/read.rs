@@ -43,15 +43,16 @@ const ASK_EVERY: Duration = Duration::from_millis(100);
 const WAIT_AT_STOP: Duration = Duration::from_secs(1);
 
 /// `GET /v1/tables/{name}/{key...}` and `GET /v1/tables/{name}?key=…`.
-pub(super) async fn table(
-    State(app): State<Arc<App>>,
-    Extension(peer): Extension<ClientAddress>,
-    uri: Uri,
-) -> Response {
-    match Target::parse(&uri, &app.context.tables) {
+pub(super) async fn table(app: &App, peer: ClientAddress, uri: &Uri) -> Response {
+    match Target::parse(uri, &app.context.tables) {
         Ok(target) => app.answer(peer, &target).await,
         Err(refusal) => refusal.into_response(),
     }
+}
+
+/// `HEAD` of the same.
+pub(super) async fn head(State(app): State<Arc<App>>, Extension(peer): Extension<ClientAddress>, uri: Uri) -> Response {
+    table(&app, peer, &uri).await
 }
 
 /// Rows about which a promise can be made; `None` is a row that does not exist.
@@ -246,8 +247,9 @@ impl App {
         status: &'a Status,
     ) -> Result<Attempt<(Standing<'a>, EndLsn)>, Refusal> {
         let judge = |server: &RunId, found| self.context.sightings.judge(before, server, found, status.awaits_redis());
-        let checkpoint = standing::trusted(read, status, judge)?;
-        let mark = read.entry.as_deref().map(TableMark::from_json).transpose();
+        let checkpoint = standing::trusted(read, &self.heads, status, judge)?;
+        let marks = &self.marks[asking.table.id.index()];
+        let mark = read.entry.as_deref().map(|entry| marks.parse(entry, TableMark::from_json)).transpose();
         let mark = mark.map_err(|_| standing::healing(standing::NO_CHECKPOINT))?;
         let (changed, epoch) = &*self.context.changed;
         // A standby may be told after the daemon that works.

@@ -1,6 +1,7 @@
 //! What may be said about what was read: the pure half of every read. When in doubt it returns 503, because a wrong 404
 //! makes an application believe that a row is gone.
 
+use super::memo::Memo;
 use super::refusal::Refusal;
 use crate::checkpoint::{Checkpoint, TableMark, TableState};
 use crate::lsn::EndLsn;
@@ -9,6 +10,7 @@ use crate::sightings::{Doubt, Version};
 use crate::sink::reader::{Read, RunId};
 use crate::status::{Moment, Status};
 use crate::typed::row_type::{EncodedRowType, RowType};
+use std::sync::Arc;
 use std::time::Duration;
 
 pub(super) const NO_CHECKPOINT: &str = "Redis holds something else as checkpoint";
@@ -20,15 +22,16 @@ pub(super) fn healing(what: &str) -> Refusal {
 /// Returns the head of the checkpoint, unless Redis may have lost data. `judge` knows what was seen before.
 pub(super) fn trusted(
     read: &Read,
+    heads: &Memo<Checkpoint>,
     status: &Status,
     judge: impl FnOnce(&RunId, Option<Version>) -> Result<(), Doubt>,
-) -> Result<Checkpoint, Refusal> {
+) -> Result<Arc<Checkpoint>, Refusal> {
     if status.has_only_started() && status.waiting_for.is_none() {
         // Redis may have been rewound while no daemon watched. If Postgres is unavailable, the contents are served
         // anyway, because nothing better is known.
         return Err(healing("this daemon has only just started"));
     }
-    let checkpoint = read.checkpoint.as_deref().map(Checkpoint::head).transpose();
+    let checkpoint = read.checkpoint.as_deref().map(|head| heads.parse(head, Checkpoint::head)).transpose();
     let checkpoint = checkpoint.map_err(|_| healing(NO_CHECKPOINT))?;
     judge(&read.server, checkpoint.as_ref().map(|c| (c.epoch, c.seq))).map_err(|doubt| healing(doubt.as_str()))?;
     let checkpoint = checkpoint.ok_or_else(|| healing(Doubt::Lost.as_str()))?;
@@ -55,9 +58,9 @@ pub(super) enum Claim {
 /// Everything that decides what may be said about a table's rows.
 pub(super) struct Standing<'a> {
     pub table: &'a TableSpec,
-    pub checkpoint: Checkpoint,
+    pub checkpoint: Arc<Checkpoint>,
     /// What is said of the table; nothing where its keys are not those of the checkpoint's time.
-    pub mark: Option<TableMark>,
+    pub mark: Option<Arc<TableMark>>,
     pub status: &'a Status,
     pub now: Moment,
     /// Redis's clock, milliseconds since the Unix epoch. By it the heartbeat of a frozen daemon is old.

@@ -18,7 +18,7 @@ use std::time::Duration;
 /// Every path below it names a table.
 pub(super) const TABLES: &str = "/v1/tables/";
 /// Every path below it names a table and one of its lookups.
-const LOOKUPS: &str = "/v1/lookups/";
+pub(super) const LOOKUPS: &str = "/v1/lookups/";
 const MAX_KEYS: usize = 100;
 const DEFAULT_LIMIT: usize = 100;
 const MAX_LIMIT: usize = 1000;
