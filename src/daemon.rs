@@ -231,8 +231,10 @@ async fn keep_history(ctx: Arc<Context>) {
         let stood = last.elapsed().saturating_sub(SECOND);
         last = Instant::now();
         if stood > STOOD_STILL {
-            let text =
-                format!("this process did not run for {} s: it was stopped, or its machine was", stood.as_secs());
+            let text = format!(
+                "this process did not run for {} s: it was stopped, or its machine had no time for it",
+                stood.as_secs()
+            );
             tracing::warn!("{text}");
             history.happened(Level::Warning, Kind::Interrupted, None, text);
         }

@@ -376,3 +376,26 @@ async fn a_read_that_finds_its_connection_dead_is_tried_on_a_new_one() {
     }
     assert_eq!(daemon.metrics().await[r#"prefetchd_reads_total{result="error",table="categories"}"#], 0.0);
 }
+
+/// A row that is too large to be read together with others is read alone, and so are those that wait with it.
+#[tokio::test]
+async fn a_large_row_comes_whole_and_keeps_no_other_from_its_reader() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.ready().await;
+    let lsn = postgres.execute("UPDATE categories SET name = repeat('wide', 2000000) WHERE id = 'cat-001'").await;
+    daemon.applied(lsn).await;
+    let (large, small) = ("/v1/tables/categories/cat-001", "/v1/tables/categories/cat-002");
+    for _ in 0..3 {
+        let answers =
+            futures_util::future::join_all((0..8).map(|n| daemon.get(if n % 4 == 0 { large } else { small }))).await;
+        for (n, answer) in answers.iter().enumerate() {
+            assert_eq!(answer.status, 200, "{n}: {:.300}", answer.body);
+            let name = answer.json()["name"].as_str().unwrap().to_owned();
+            assert!(if n % 4 == 0 { name.len() == 8_000_000 } else { name == "Bakery" }, "{n}: {name:.40}");
+        }
+    }
+    let lsn = postgres.execute("UPDATE categories SET name = 'slim' WHERE id = 'cat-001'").await;
+    let answer = daemon.get(&format!("{large}?min_lsn={lsn}&wait=30s")).await;
+    assert_eq!((answer.status, &answer.json()["name"]), (200, &json!("slim")));
+}

@@ -14,7 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
 /// Concurrent reads of one row.
-const SINGLE: usize = 64;
+const SINGLE: usize = 256;
 /// Concurrent reads of several rows, each of at most 32 MB in total: the result is in memory twice, as rows and as an
 /// answer.
 const BATCHES: usize = 4;

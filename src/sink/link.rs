@@ -153,19 +153,24 @@ impl Link {
         self.socket.write.flush().await.map_err(lost)?;
         self.moved.add(request.len());
         // How many elements are still to come, inside arrays or not.
-        let (mut at, mut left) = (0, replies as u64);
+        let (mut at, mut left, mut room) = (0, replies as u64, most);
         loop {
             while let Some((token, len)) = resp::token(&self.received[at..])? {
+                room = room.checked_sub(len + ELEMENT_BYTES).ok_or(resp::Malformed::TooLong(most))?;
                 at += len;
                 left -= 1;
                 if let Token::Array(items) = token {
                     left = left.checked_add(items).ok_or(resp::Malformed::TooLong(most))?;
                 }
+                if left == 0 && at == self.received.len() {
+                    return Ok(self.received.split().freeze());
+                }
+                // Whatever follows would be taken for the answer to the next request.
                 if left == 0 {
-                    return Ok(self.received.split_to(at).freeze());
+                    return Err(resp::Malformed::OutOfPlace.into());
                 }
             }
-            if self.received.len() > most {
+            if self.received.len() - at > room {
                 return Err(resp::Malformed::TooLong(most).into());
             }
             self.received.reserve(READ_BYTES);

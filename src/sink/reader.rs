@@ -3,14 +3,15 @@
 //!
 //! MULTI would also work, but a Redis that is out of memory refuses even reads inside MULTI.
 //!
-//! It writes nothing and knows nothing about Postgres. All calls share one connection, which is opened by the first
-//! read and again after it broke; the call that finds it broken retries once. No call takes longer than
+//! It writes nothing and knows nothing about Postgres. Rows that are read one by one go [together](super::together). All other
+//! calls share one connection, which is opened by the first of them and again after it broke; the call that finds it broken
+//! retries once. No call takes longer than
 //! [`READ_TIMEOUT`]. A row read apart from its checkpoint could be reported as newer than it is, and an error mistaken
 //! for a missing row would become a wrong "no such row".
 
 use super::bounds::{Allowance, BATCH_BYTES, ROWS_BYTES};
 use super::connect::{self, Address, Connection, RedisTarget};
-use super::together::{Apart, Together};
+use super::together::{Together, Unanswered};
 use super::{Class, ErrorReply, Request, SinkError, Stored, error_reply, failed, server};
 use crate::command::{DeadKey, Key};
 use crate::format::Format;
@@ -26,7 +27,7 @@ use std::fmt;
 use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore};
 use tokio::time::timeout;
 
 pub const READ_TIMEOUT: Duration = Duration::from_secs(2);
@@ -35,6 +36,8 @@ pub const READ_TIMEOUT: Duration = Duration::from_secs(2);
 pub(super) const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// A connection that has been idle for this long may have been dropped silently, as load balancers do.
 pub(super) const IDLE: Duration = Duration::from_secs(10);
+/// How many rows are read alone at once.
+const ALONE: usize = 64;
 const SCAN_COUNT: usize = 1000;
 /// Redis executes a request as a whole, so a batch hardly ever comes in between; twice is suspicious.
 pub(super) const ATTEMPTS: u32 = 5;
@@ -54,6 +57,8 @@ struct Shared {
     line: Mutex<Line>,
     /// Started by the first read of a row.
     together: OnceLock<Together>,
+    /// Rows that are read alone may be large.
+    alone: Semaphore,
 }
 
 struct Line {
@@ -152,7 +157,14 @@ impl Reader {
 
     fn with(target: RedisTarget, own: OwnKeys, allowance: Option<Allowance>) -> Reader {
         let line = Mutex::new(Line { number: 0, state: LineState::Closed, answered: Instant::now() });
-        Reader(Arc::new(Shared { target, own, allowance, line, together: OnceLock::new() }))
+        Reader(Arc::new(Shared {
+            target,
+            own,
+            allowance,
+            line,
+            together: OnceLock::new(),
+            alone: Semaphore::new(ALONE),
+        }))
     }
 
     /// Returns the rows at `keys`, the head of the checkpoint and the entry of `table`, all as of one moment.
@@ -189,7 +201,7 @@ impl Reader {
         let ask: Vec<Cmd> = hashes.iter().map(|key| redis::cmd("HGETALL").arg(key.as_bytes()).take()).collect();
         for _ in 0..ATTEMPTS {
             let attempt = match (rows, suspects) {
-                ((format, [key]), []) => self.together(table, format, key).await,
+                ((format, [key]), []) if self.0.allowance.is_none() => self.together(table, format, key).await,
                 _ => self.attempt(table, rows, &ask).await,
             };
             let (read, records) = attempt.map_err(|error| self.without_secret(error))?;
@@ -210,11 +222,19 @@ impl Reader {
 
     /// Like [`Self::attempt`] for one row.
     async fn together(&self, table: &str, format: Format, key: &Key) -> Result<(Read, Vec<Value>), SinkError> {
+        let began = Instant::now();
         let start = || Together::start(self.0.target.clone(), self.0.own.clone());
         match self.0.together.get_or_init(start).read(table, format, key).await {
             Ok(read) => Ok((read, Vec::new())),
-            Err(Apart::Silent) => Err(self.silent()),
-            Err(Apart::Otherwise) => self.attempt(table, (format, std::slice::from_ref(key)), &[]).await,
+            Err(Unanswered::Silent) => Err(self.silent()),
+            Err(Unanswered::ReadAlone) => {
+                let left = READ_TIMEOUT.saturating_sub(began.elapsed());
+                let alone = async {
+                    let _place = self.0.alone.acquire().await.expect("the semaphore is never closed");
+                    self.attempt(table, (format, std::slice::from_ref(key)), &[]).await
+                };
+                timeout(left, alone).await.unwrap_or_else(|_| Err(self.silent()))
+            }
         }
     }
 

@@ -130,7 +130,7 @@ impl Status {
             self.last_verify.as_ref().map(|last| last.tally.repaired).filter(|repaired| *repaired > 0)
         {
             verdict.text += &format!(" The last verify repaired {}.", counted(repaired, "difference"));
-            verdict.remedy = "Find out who else writes to these keys: the log names some of them.".to_owned();
+            verdict.remedy = "Find out who else writes there. The log names keys that differed.".to_owned();
         }
         verdict
     }

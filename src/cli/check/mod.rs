@@ -22,7 +22,7 @@ use clap::Args;
 use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::io::ErrorKind;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -300,7 +300,7 @@ fn listen(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
                 "http: a prefetchd that has not reached postgres yet listens on {listen}: make sure that it is the one with slot {}",
                 config.postgres.slot
             ))?,
-            Listening::Other(who) => findings.fail(format!("http: {listen} is taken by {}", taken(who, listen.port())))?,
+            Listening::Other(who) => findings.fail(format!("http: {listen} is taken by {}", taken(who, listen)))?,
         }
     }
     if free && listen.ip().is_loopback() {
@@ -318,10 +318,10 @@ fn listen(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
 const STRANGER: &str = "another program";
 
 /// Says who holds a port, and what to do. `who`: what it answers like.
-fn taken(who: &str, port: u16) -> String {
+fn taken(who: &str, listen: SocketAddr) -> String {
     let remedy = "choose another http.listen, or stop that program";
     #[cfg(target_os = "linux")]
-    if let Some(holder::Holder { pid, name, is_frozen }) = holder::of(port) {
+    if let Some(holder::Holder { pid, name, is_frozen }) = holder::of(listen) {
         return match (name.as_str(), is_frozen) {
             ("prefetchd", true) => {
                 format!("a prefetchd that is frozen (pid {pid}, state T): kill -CONT {pid}, or restart it")
@@ -333,7 +333,7 @@ fn taken(who: &str, port: u16) -> String {
         };
     }
     #[cfg(not(target_os = "linux"))]
-    let _ = port;
+    let _ = listen;
     format!("{who}: {remedy}")
 }
 
