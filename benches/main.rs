@@ -6,6 +6,7 @@
 
 mod layouts;
 mod processes;
+mod reads;
 mod world;
 
 use layouts::Layout;
@@ -48,7 +49,7 @@ impl Sizes {
 type Part = fn(&World, &Sizes) -> Outcome<()>;
 
 /// The parts on one Redis, in their order.
-const PARTS: [(&str, Part); 3] = [("load", load), ("backlog", backlog), ("latency", latency)];
+const PARTS: [(&str, Part); 4] = [("load", load), ("backlog", backlog), ("latency", latency), ("reads", reads)];
 /// Parts with servers of their own, which run only if `ONLY` names them.
 const LAYOUTS: [(&str, &[Layout]); 2] = [("cluster", &layouts::ON_CLUSTER), ("lists", &layouts::ROWS_ASKED_FOR)];
 
@@ -61,6 +62,7 @@ fn main() -> Outcome<()> {
     if let Some(unknown) = only.iter().find(|name| !is_known(name)) {
         return Err(format!("ONLY names {unknown}, and there is no such part").into());
     }
+    is_quiet()?;
     let parts: Vec<_> = PARTS.iter().filter(|(name, _)| only.is_empty() || only.contains(name)).collect();
     if !parts.is_empty() {
         let sizes = Sizes::read(1_000_000, 500_000)?;
@@ -71,6 +73,29 @@ fn main() -> Outcome<()> {
     }
     for (_, layouts) in LAYOUTS.iter().filter(|(name, _)| only.contains(name)) {
         layouts::compare(layouts, &Sizes::read(300_000, 200_000)?)?;
+    }
+    Ok(())
+}
+
+/// # Errors
+/// If something else uses this machine, unless BUSY=1: what is measured then is that.
+fn is_quiet() -> Outcome<()> {
+    const LOOKING: Duration = Duration::from_secs(3);
+    const MOST: f64 = 0.1;
+    // Of all processors together: user, nice, system, idle, iowait, irq, softirq, steal.
+    let times = || -> Outcome<Vec<f64>> {
+        let stat = std::fs::read_to_string("/proc/stat")?;
+        let line = stat.lines().next().unwrap_or_default();
+        Ok(line.split_whitespace().skip(1).take(8).map(str::parse).collect::<Result<_, _>>()?)
+    };
+    let before = times()?;
+    std::thread::sleep(LOOKING);
+    let used: Vec<f64> = times()?.iter().zip(&before).map(|(after, before)| after - before).collect();
+    let (all, idle) = (used.iter().sum::<f64>(), used[3] + used[4]);
+    let busy = 1.0 - idle / all.max(1.0);
+    if busy > MOST && std::env::var_os("BUSY").is_none() {
+        let busy = busy * 100.0;
+        return Err(format!("this machine is busy with something else ({busy:.0} %): stop that, or set BUSY=1").into());
     }
     Ok(())
 }
@@ -95,6 +120,10 @@ fn machine(world: &World) -> Outcome<String> {
         redis = world.redis_info("redis_version")?,
         load = read("/proc/loadavg").split(' ').take(3).collect::<Vec<_>>().join(" "),
     ))
+}
+
+fn reads(world: &World, sizes: &Sizes) -> Outcome<()> {
+    reads::reads(world, sizes.rows, sizes.rounds, sizes.seconds.div_ceil(4))
 }
 
 /// The median.

@@ -120,6 +120,15 @@ impl World {
         Ok(Cluster::start_new(&self.place, 0)?)
     }
 
+    /// A file of the run, which is removed with everything.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.place.path().join(name)
+    }
+
+    pub fn redis_port(&self) -> u16 {
+        self.redis.port()
+    }
+
     pub fn pids(&self) -> Pids {
         let file = self.sockets().join("data/postmaster.pid");
         let postmaster = std::fs::read_to_string(file).ok().and_then(|text| text.lines().next()?.parse().ok());

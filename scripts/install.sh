@@ -94,7 +94,7 @@ clusters=/etc/postgresql-common/createcluster.d/prefetchd.conf
 ours=()
 # Lists services that start with the system. Packages add theirs, and Prometheus would then listen on every interface.
 enabled() {
-    find /etc/systemd/system -path '*.wants/*' 2>/dev/null | grep -E '/(pgbouncer|postgresql|prometheus|redis|valkey)[^/]*$' | sort
+    find /etc/systemd/system -path '*.wants/*' 2>/dev/null | grep -E '/(pgbouncer|postgresql|prometheus|redis|valkey|webdis)[^/]*$' | sort
 }
 before=$(enabled || true)
 undo() {
