@@ -47,7 +47,7 @@ pub fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), B
             "postgres is a standby in recovery; prefetchd follows the primary".to_owned(),
         ));
     }
-    if facts.wal_level != "logical" {
+    if !facts.can_decode() {
         return setup(format!(
             "postgres has wal_level = {}: {} then restart postgres",
             facts.wal_level,

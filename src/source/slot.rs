@@ -33,6 +33,9 @@ pub struct ServerFacts {
     /// It is a standby, or still in recovery.
     pub in_recovery: bool,
     pub wal_level: String,
+    /// Since Postgres 19: `logical` as long as there is a logical slot, also where `wal_level` is `replica`.
+    /// <https://www.postgresql.org/docs/devel/runtime-config-preset.html>
+    pub effective_wal_level: Option<String>,
     /// As configured.
     pub synchronous_standby_names: String,
     pub wal_segment_bytes: u64,
@@ -79,6 +82,15 @@ pub struct Publication {
 }
 
 impl ServerFacts {
+    /// Whether the WAL has what a logical slot needs, or will have it from the first such slot on.
+    pub fn can_decode(&self) -> bool {
+        match self.wal_level.as_str() {
+            "logical" => true,
+            "replica" => self.effective_wal_level.is_some(),
+            _ => false,
+        }
+    }
+
     /// Whether `synchronous_standby_names` would make a walsender of this name a synchronous standby.
     pub fn names_as_synchronous_standby(&self, application_name: &str) -> bool {
         let names = standby_names(&self.synchronous_standby_names);
@@ -144,7 +156,7 @@ pub async fn server_facts(client: &Client) -> Result<ServerFacts, SourceError> {
                                - (SELECT count(*) FROM pg_replication_slots), 0),
                       greatest(current_setting('max_wal_senders')::bigint
                                - (SELECT count(*) FROM pg_stat_replication), 0),
-                      current_setting('server_encoding')";
+                      current_setting('server_encoding'), current_setting('effective_wal_level', true)";
     let row = one_row(client, doing, sql).await?;
     let row = Cells { doing, row: &row };
     Ok(ServerFacts {
@@ -157,6 +169,7 @@ pub async fn server_facts(client: &Client) -> Result<ServerFacts, SourceError> {
         free_slots: row.parse(6)?,
         free_walsenders: row.parse(7)?,
         encoding: row.text(8)?.to_owned(),
+        effective_wal_level: row.optional(9)?.map(str::to_owned),
     })
 }
 
@@ -473,19 +486,40 @@ async fn one_row(client: &Client, doing: &str, sql: &str) -> Result<SimpleQueryR
 mod tests {
     use super::*;
 
-    fn named(setting: &str, application_name: &str) -> bool {
-        let facts = ServerFacts {
+    fn facts() -> ServerFacts {
+        ServerFacts {
             version_num: 150_000,
             in_recovery: false,
             wal_level: "logical".to_owned(),
-            synchronous_standby_names: setting.to_owned(),
+            effective_wal_level: None,
+            synchronous_standby_names: String::new(),
             wal_segment_bytes: 16 << 20,
             slot_limit_bytes: None,
             free_slots: 1,
             free_walsenders: 1,
             encoding: "UTF8".to_owned(),
-        };
+        }
+    }
+
+    fn named(setting: &str, application_name: &str) -> bool {
+        let facts = ServerFacts { synchronous_standby_names: setting.to_owned(), ..facts() };
         facts.names_as_synchronous_standby(application_name)
+    }
+
+    #[test]
+    fn replica_is_enough_where_the_first_slot_raises_the_level() {
+        for (wal_level, effective, can_decode) in [
+            ("logical", None, true),
+            ("logical", Some("logical"), true),
+            ("replica", None, false),
+            ("replica", Some("replica"), true),
+            ("replica", Some("logical"), true),
+            ("minimal", Some("minimal"), false),
+        ] {
+            let effective_wal_level = effective.map(str::to_owned);
+            let facts = ServerFacts { wal_level: wal_level.to_owned(), effective_wal_level, ..facts() };
+            assert_eq!(facts.can_decode(), can_decode, "{wal_level}, {effective:?}");
+        }
     }
 
     #[test]

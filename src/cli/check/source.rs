@@ -124,6 +124,12 @@ fn server(config: &Config, facts: &ServerFacts, name: &str, findings: &mut Findi
     }
     match facts.wal_level.as_str() {
         "logical" => findings.ok("postgres: wal_level = logical")?,
+        level if facts.can_decode() => {
+            let effective = facts.effective_wal_level.as_deref().unwrap_or_default();
+            findings.ok(format!(
+                "postgres: wal_level = {level}, and effective_wal_level, now {effective}, is logical while there is a slot"
+            ))?;
+        }
         other => {
             findings.fail(format!("postgres: wal_level = {other}: {} then restart postgres", Sql::WalLevelLogical))?
         }
