@@ -9,6 +9,7 @@ mod client;
 mod completions;
 mod config;
 pub mod demo;
+mod init;
 mod page;
 mod run;
 pub mod servers;
@@ -77,6 +78,8 @@ enum Command {
     Page(page::PageArgs),
     /// Write an archive to attach to a report of a problem: versions, settings, status and log, without rows and secrets
     Support(support::SupportArgs),
+    /// Look at a live Postgres and Redis, and write what a first start needs; changes no server, overwrites no file
+    Init(init::InitArgs),
     /// Print the effective configuration, with secrets as ***, or the schema of its file
     Config(config::ConfigArgs),
     /// Print a completion script, such as for ~/.local/share/bash-completion/completions/prefetchd
@@ -145,6 +148,7 @@ impl Cli {
             Some(Command::Teardown(args)) => teardown::run(file, &args),
             Some(Command::Page(args)) => page::run(file, &args),
             Some(Command::Support(args)) => support::run(file, &args),
+            Some(Command::Init(args)) => init::run(&args),
             Some(Command::Config(args)) => config::run(file, &args),
             Some(Command::Completions(args)) => completions::run(&args),
             Some(Command::ManPages(args)) => completions::man_pages(&args),
