@@ -10,7 +10,11 @@ use tempfile::TempDir;
 
 /// Runs `init` as the superuser of both servers.
 async fn init(postgres: &Postgres, redis: &str, dir: &Path, args: &[&str]) -> Ran {
-    let (url, dir) = (postgres.url("postgres"), dir.to_str().unwrap());
+    init_as("postgres", postgres, redis, dir, args).await
+}
+
+async fn init_as(role: &str, postgres: &Postgres, redis: &str, dir: &Path, args: &[&str]) -> Ran {
+    let (url, dir) = (postgres.url(role), dir.to_str().unwrap());
     let servers = ["init", "--postgres", &url, "--redis", redis, "--out", dir];
     run_configured(Path::new("/nonexistent"), &[], &[&servers[..], args].concat()).await
 }
@@ -33,7 +37,7 @@ fn shell(line: &str) -> Output {
     output
 }
 
-/// Does what `init` said: passwords, SQL, ACL. Returns the configuration's findings.
+/// Does what `init` said: passwords, SQL, ACL.
 #[track_caller]
 fn apply(postgres: &Postgres, dir: &TempDir, said: &str) {
     for name in ["postgres", "redis"] {
@@ -186,6 +190,20 @@ async fn on_a_cluster_every_node_gets_the_user() {
         assert!(users.contains(&"prefetchd".to_owned()), "{users:?}");
     }
     assert_passes_check(&dir, &ran.stdout).await;
+}
+
+#[tokio::test]
+async fn a_role_without_rights_is_enough() {
+    let (postgres, redis, dir) = (untouched_postgres().await, Redis::start(), tempfile::tempdir().unwrap());
+    postgres.execute("CREATE ROLE stranger LOGIN; REVOKE ALL ON SCHEMA public FROM PUBLIC").await;
+    let ran = init_as("stranger", &postgres, &redis.url(), dir.path(), &["--table", "*"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert_no_password(&dir, &ran.said());
+    assert!(text(&dir, "prefetchd.toml").contains("public.categories: of unknown size"));
+    // As whoever may.
+    let said = ran.stdout.replace("user=stranger", "user=postgres");
+    apply(&postgres, &dir, &said);
+    assert_passes_check(&dir, &said).await;
 }
 
 #[tokio::test]
