@@ -6,7 +6,10 @@
 //! they are parsed by name, and neither `Debug` nor any error shows one that may be secret.
 
 mod pgpass;
+mod schema;
 mod show;
+
+pub use schema::schema;
 
 use crate::format::Format;
 use crate::lanes::{Lane, hash_tag};

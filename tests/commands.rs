@@ -132,6 +132,42 @@ async fn config_shows_what_holds_and_no_secret() {
 }
 
 #[tokio::test]
+async fn the_schema_needs_no_configuration() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    // Not even a good one.
+    let settings = Settings::new(&postgres, &redis).text("cache.ttl", "for ever");
+    let ran = run_program(&settings, &["config", "--schema"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let schema: Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(schema["properties"]["cache"]["properties"]["ttl"]["default"], "24h");
+}
+
+#[tokio::test]
+async fn shells_and_man_know_every_command() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let settings = Settings::new(&postgres, &redis);
+    for shell in ["bash", "zsh", "fish"] {
+        let ran = run_program(&settings, &["completions", shell]).await;
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        assert!(ran.stdout.contains("teardown") && ran.stdout.contains("adopt"), "{shell}: {}", ran.stdout);
+        if shell == "bash" {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(&file, &ran.stdout).unwrap();
+            assert!(std::process::Command::new("bash").arg("-n").arg(file.path()).status().unwrap().success());
+        }
+    }
+    assert_eq!(run_program(&settings, &["completions", "basic"]).await.code, Some(2));
+    let dir = tempfile::tempdir().unwrap();
+    let written = async |dir: &str| run_program(&settings, &["man-pages", dir]).await;
+    let ran = written(dir.path().to_str().unwrap()).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let page = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+    assert!(page("prefetchd.1").contains("prefetchd\\-teardown(1)"), "{}", page("prefetchd.1"));
+    assert!(page("prefetchd-teardown.1").contains("keys"));
+    assert_eq!(written("/nonexistent").await.code, Some(1));
+}
+
+#[tokio::test]
 async fn check_of_a_good_setup_ends_well_and_changes_nothing() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let settings = Settings::new(&postgres, &redis);

@@ -138,6 +138,14 @@ fn the_package_holds_what_is_there_where_it_is_looked_for() {
     let mut installed = Vec::new();
     for [from, to, mode] in assets() {
         let (dir, name) = from.rsplit_once('/').unwrap_or((".", &from));
+        if let Some(generated) = from.strip_prefix("target/generated/") {
+            // "*.1" is written by `man-pages`, which writes one for each command.
+            let file = generated.replace('*', "prefetchd");
+            let named = format!("target/generated/{file}");
+            assert!(generated == "*.1" || text("scripts/package").contains(&format!("> {named}\n")), "{named}");
+            installed.push(format!("/{to}{file}"));
+            continue;
+        }
         if from.starts_with("target/") {
             assert_eq!((from.as_str(), mode.as_str()), ("target/release/prefetchd", "755"));
             installed.push(format!("/{to}{name}"));
@@ -155,6 +163,9 @@ fn the_package_holds_what_is_there_where_it_is_looked_for() {
     let doc = "/usr/share/doc/prefetchd";
     for file in ["README.md", "LICENSE-MIT", "LICENSE-APACHE", "docs/operating.md", "examples/prefetchd.toml"] {
         assert!(installed.contains(&format!("{doc}/{file}")), "{file}: {installed:?}");
+    }
+    for file in ["man/man1/prefetchd.1", "bash-completion/completions/prefetchd", "zsh/vendor-completions/_prefetchd"] {
+        assert!(installed.contains(&format!("/usr/share/{file}")), "{file}: {installed:?}");
     }
     assert!(installed.contains(&of_unit("ExecStart").split(' ').next().unwrap().to_owned()), "{installed:?}");
     // Otherwise it would start before it is configured.

@@ -25,6 +25,7 @@ mod grafana;
 mod history;
 mod hostile;
 mod http;
+mod init;
 mod json;
 mod kill;
 mod lane_durability;

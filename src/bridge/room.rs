@@ -40,6 +40,13 @@ pub struct WorkingSet {
 }
 
 impl WorkingSet {
+    /// Adds what other tables need.
+    pub fn include(&mut self, other: &WorkingSet) {
+        self.rows += other.rows;
+        self.bytes += other.bytes;
+        self.at_least += other.at_least;
+    }
+
     /// `wide_bytes`: additional bytes of a row that is not a listpack.
     fn add(&mut self, sizes: TableSize, wide_bytes: f64) {
         self.rows += sizes.rows;
@@ -56,14 +63,29 @@ pub async fn working_set(
 ) -> Result<WorkingSet, SourceError> {
     let mut all = WorkingSet::default();
     for spec in specs {
-        match one(client, spec, publication).await {
-            Ok(Some((sizes, wide_bytes))) => all.add(sizes, wide_bytes),
-            Ok(None)
-            | Err(SourceError::Failed { .. } | SourceError::Unsuitable { .. } | SourceError::OwnersCode { .. }) => {}
-            Err(error) => return Err(error),
+        if let Some(one) = of_table(client, spec, publication).await? {
+            all.include(&one);
         }
     }
     Ok(all)
+}
+
+/// Estimates one table. `None` if it cannot be examined.
+pub async fn of_table(
+    client: &PostgresClient,
+    spec: &TableSpec,
+    publication: &str,
+) -> Result<Option<WorkingSet>, SourceError> {
+    match one(client, spec, publication).await {
+        Ok(Some((sizes, wide_bytes))) => {
+            let mut set = WorkingSet::default();
+            set.add(sizes, wide_bytes);
+            Ok(Some(set))
+        }
+        Ok(None)
+        | Err(SourceError::Failed { .. } | SourceError::Unsuitable { .. } | SourceError::OwnersCode { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 async fn one(

@@ -6,8 +6,10 @@
 mod admin;
 mod check;
 mod client;
+mod completions;
 mod config;
 pub mod demo;
+mod init;
 mod page;
 mod run;
 pub mod servers;
@@ -76,8 +78,15 @@ enum Command {
     Page(page::PageArgs),
     /// Write an archive to attach to a report of a problem: versions, settings, status and log, without rows and secrets
     Support(support::SupportArgs),
-    /// Print the effective configuration, with secrets as ***
-    Config,
+    /// Look at a live Postgres and Redis, and write what a first start needs; changes no server, overwrites no file
+    Init(init::InitArgs),
+    /// Print the effective configuration, with secrets as ***, or the schema of its file
+    Config(config::ConfigArgs),
+    /// Print a completion script, such as for ~/.local/share/bash-completion/completions/prefetchd
+    Completions(completions::CompletionsArgs),
+    /// Write the man pages of all commands
+    #[command(hide = true)]
+    ManPages(completions::ManPagesArgs),
 }
 
 /// Why a command failed.
@@ -139,7 +148,10 @@ impl Cli {
             Some(Command::Teardown(args)) => teardown::run(file, &args),
             Some(Command::Page(args)) => page::run(file, &args),
             Some(Command::Support(args)) => support::run(file, &args),
-            Some(Command::Config) => config::run(file),
+            Some(Command::Init(args)) => init::run(&args),
+            Some(Command::Config(args)) => config::run(file, &args),
+            Some(Command::Completions(args)) => completions::run(&args),
+            Some(Command::ManPages(args)) => completions::man_pages(&args),
         };
         match done {
             Ok(()) => ExitCode::SUCCESS,

@@ -1,3 +1,4 @@
+use super::schema::tests::accepts;
 use super::*;
 
 const TABLE: &str = "[[tables]]\nname = \"c\"\ntable = \"c\"\nkey = \"c:{id}\"\n";
@@ -218,8 +219,10 @@ fn unknown_keys_are_named_with_the_nearest_valid_one() {
         ("[nonsense]", ["nonsense in f.toml", "did you mean"]),
     ] {
         refused(with(text), &parts);
+        assert!(!accepts(&format!("{text}\n{TABLE}")), "the schema accepts {text}");
     }
     refused(table("colums = []"), &["colums of table \"c\" in f.toml", "did you mean columns?"]);
+    assert!(!accepts(&format!("{TABLE}colums = []")));
     for (variable, parts) in [
         ("PREFETCHD__REDIS__URLL", ["PREFETCHD__REDIS__URLL", "PREFETCHD__REDIS__URL?"]),
         ("PREFETCHD__REDIS", ["PREFETCHD__REDIS:", "did you mean"]),
@@ -234,6 +237,20 @@ fn unknown_keys_are_named_with_the_nearest_valid_one() {
 
 #[test]
 fn values_that_cannot_be_are_refused_with_their_place() {
+    // What a schema cannot tell, or only with patterns that nobody could read.
+    let beyond_the_schema = [
+        "mysql://h",
+        "sslmode=on",
+        "ca.pem",
+        "/does/not/exist",
+        "0s",
+        "999ms",
+        "11y",
+        "99999",
+        "level",
+        "cache.example",
+        "token",
+    ];
     for (text, parts) in [
         ("[postgres]\nurl = \"mysql://h\"", ["postgres.url in f.toml", "postgres://"]),
         ("[postgres]\nurl = \"postgres://u@h/d?sslmode=on\"", ["postgres.url", "verify-full"]),
@@ -280,6 +297,8 @@ fn values_that_cannot_be_are_refused_with_their_place() {
         ("[http]\nadmin_token_file = \"/nonexistent/token\"", ["http.admin_token_file", "/nonexistent/token"]),
     ] {
         refused(with(text), &parts);
+        let accepted = accepts(&format!("{text}\n{TABLE}"));
+        assert!(!accepted || beyond_the_schema.iter().any(|part| text.contains(part)), "the schema accepts {text}");
     }
     refused(parse(TABLE, &[("PREFETCHD__CACHE__TTL", "")]), &["PREFETCHD__CACHE__TTL:", "24h"]);
 }
@@ -298,6 +317,7 @@ fn good_values_are_taken() {
         "[postgres]\nurl = \"host=/tmp user=u dbname=d\"",
     ] {
         with(text).unwrap_or_else(|error| panic!("{text}: {error}"));
+        assert!(accepts(&format!("{text}\n{TABLE}")), "the schema rejects {text}");
     }
 }
 

@@ -96,7 +96,7 @@ impl Software {
 
     /// Whether it replicates what a script has written instead of the script, and its RESTORE accepts listpacks. An
     /// unknown version may.
-    pub(super) fn is_seven(&self) -> bool {
+    pub fn is_seven(&self) -> bool {
         self.version().is_none_or(|version| version >= (7, 0))
     }
 }

@@ -256,6 +256,15 @@ impl Survey {
         Ok(time.map(|(seconds, micros)| seconds.saturating_mul(1000).saturating_add(micros / 1000)))
     }
 
+    /// Returns what it reports of itself: nothing if INFO is denied.
+    ///
+    /// # Errors
+    /// If it is a replica, a node of a cluster, or too old.
+    pub async fn server(&mut self) -> Result<ServerInfo, SinkError> {
+        let (_, info) = self.reported().await?;
+        server::server_of(&info, &self.target, None)
+    }
+
     pub async fn keeping(&mut self) -> Result<Keeping, SinkError> {
         let (settings, info) = self.reported().await?;
         Ok(Keeping::of(&settings, &info))

@@ -11,6 +11,7 @@
 mod answer;
 pub mod assemble;
 mod bounds;
+pub mod candidates;
 pub mod connect;
 pub mod limits;
 pub mod login;

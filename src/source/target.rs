@@ -251,6 +251,21 @@ impl PostgresTarget {
         }
     }
 
+    /// Returns the options of a connection string and of `env`, other than those that say who logs in, and where: a
+    /// string for another role has them, too.
+    ///
+    /// # Errors
+    /// As [`PostgresTarget::parse`].
+    pub fn further_options(text: &str, env: &HashMap<String, String>) -> Result<Vec<(String, String)>, TargetError> {
+        let mut options = Options::read(text.trim())?;
+        options.fill_in(env);
+        options.refuse()?;
+        for name in ["user", "password", "host", "port", "dbname"] {
+            options.value(name);
+        }
+        Ok(options.0.into_iter().map(|(name, given)| (name, given.value)).collect())
+    }
+
     /// Whether [`PostgresTarget::parse`] reads `variable`.
     pub fn reads(variable: &str) -> bool {
         VARIABLES.iter().any(|(name, _)| *name == variable)

@@ -42,7 +42,7 @@ pub use cluster::Cluster;
 pub use daemon::{Daemon, Settings, position};
 pub use postgres::{Postgres, psql};
 pub use prefetchd::cli::servers::Stop;
-pub use program::{Ran, Running, run_program};
+pub use program::{Ran, Running, run_configured, run_program};
 
 use std::fmt::{Debug, Display};
 use std::io::Write;

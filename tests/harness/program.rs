@@ -25,8 +25,17 @@ impl Ran {
 /// Runs a command with these settings until it exits.
 pub async fn run_program(settings: &Settings, args: &[&str]) -> Ran {
     let config = settings.file();
-    let output = tokio::time::timeout(PATIENCE, command(settings, config.path(), args).output());
-    let output = output.await.unwrap_or_else(|_| panic!("{args:?} does not end")).unwrap();
+    run(command(settings.environment(), config.path(), args)).await
+}
+
+/// Runs a command with a configuration that need not exist, and with these variables.
+pub async fn run_configured(config: &Path, environment: &[(&str, &str)], args: &[&str]) -> Ran {
+    run(command(environment.iter().copied(), config, args)).await
+}
+
+async fn run(mut command: Command) -> Ran {
+    let output = tokio::time::timeout(PATIENCE, command.output());
+    let output = output.await.unwrap_or_else(|_| panic!("a command does not end")).unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
     Ran { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
 }
@@ -42,8 +51,11 @@ pub struct Running {
 impl Running {
     pub fn start(settings: &Settings, args: &[&str]) -> Self {
         let config = settings.file();
-        let mut child =
-            command(settings, config.path(), args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = command(settings.environment(), config.path(), args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         let complaints = BufReader::new(child.stderr.take().unwrap()).lines();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         Self { _child: child, lines, complaints, _config: config }
@@ -62,7 +74,7 @@ impl Running {
     }
 }
 
-fn command(settings: &Settings, config: &Path, args: &[&str]) -> Command {
+fn command<'e>(environment: impl Iterator<Item = (&'e str, &'e str)>, config: &Path, args: &[&str]) -> Command {
     let program = env!("CARGO_BIN_EXE_prefetchd");
     // With setpriv, if installed, it is killed together with the test program.
     let mut command = match on_path(&["setpriv"]) {
@@ -78,7 +90,7 @@ fn command(settings: &Settings, config: &Path, args: &[&str]) -> Command {
             command.env_remove(name);
         }
     }
-    command.envs(settings.environment());
+    command.envs(environment);
     command.args(args).arg("--config").arg(config).stdin(Stdio::null()).kill_on_drop(true);
     command
 }

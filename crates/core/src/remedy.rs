@@ -40,6 +40,19 @@ pub enum Sql<'a> {
     CreateSlot {
         slot: &'a str,
     },
+    /// Does nothing if it exists: roles belong to the whole server. The name must not contain `$$`.
+    CreateRole {
+        role: &'a str,
+    },
+    Connect {
+        database: &'a str,
+        role: &'a str,
+    },
+    /// Makes it a member of a group.
+    Member {
+        group: &'a str,
+        role: &'a str,
+    },
     /// Drops the slot and creates it again.
     RecreateSlot {
         slot: &'a str,
@@ -90,6 +103,10 @@ pub enum Sql<'a> {
     IdentityFull {
         table: &'a QualifiedName,
     },
+    /// Its columns are left to whoever knows the table.
+    PrimaryKey {
+        table: &'a QualifiedName,
+    },
     /// Uses an index over these columns, which must be unique.
     IdentityIndex {
         table: &'a QualifiedName,
@@ -128,6 +145,15 @@ impl fmt::Display for Sql<'_> {
             Sql::CreateSlot { slot } => {
                 write!(f, "SELECT pg_create_logical_replication_slot({}, 'pgoutput');", Literal(slot))
             }
+            Sql::CreateRole { role } => {
+                let exists = format!("SELECT FROM pg_catalog.pg_roles WHERE rolname = {}", Literal(role));
+                let create = format!("CREATE ROLE {} LOGIN;", Identifier(role));
+                write!(f, "DO $$ BEGIN IF NOT EXISTS ({exists}) THEN {create} END IF; END $$;")
+            }
+            Sql::Connect { database, role } => {
+                write!(f, "GRANT CONNECT ON DATABASE {} TO {};", Identifier(database), Identifier(role))
+            }
+            Sql::Member { group, role } => write!(f, "GRANT {} TO {};", Identifier(group), Identifier(role)),
             Sql::RecreateSlot { slot } => {
                 write!(f, "SELECT pg_drop_replication_slot({}); {}", Literal(slot), Sql::CreateSlot { slot })
             }
@@ -166,6 +192,7 @@ impl fmt::Display for Sql<'_> {
             Sql::SetLogged { table } => write!(f, "ALTER TABLE {table} SET LOGGED;"),
             Sql::IdentityDefault { table } => write!(f, "ALTER TABLE {table} REPLICA IDENTITY DEFAULT;"),
             Sql::IdentityFull { table } => write!(f, "ALTER TABLE {table} REPLICA IDENTITY FULL;"),
+            Sql::PrimaryKey { table } => write!(f, "ALTER TABLE {table} ADD PRIMARY KEY (…);"),
             Sql::IdentityIndex { table, columns } => {
                 let name = index_name(&table.table);
                 let not_null = list(columns.iter().map(|c| format!("ALTER {} SET NOT NULL", Identifier(c))));
@@ -273,6 +300,25 @@ impl fmt::Display for RedisCommand<'_> {
     }
 }
 
+/// Words for a shell, each quoted if necessary.
+#[derive(Debug, Clone, Copy)]
+pub struct Shell<'a>(pub &'a [&'a str]);
+
+impl fmt::Display for Shell<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, word) in self.0.iter().enumerate() {
+            let space = if i == 0 { "" } else { " " };
+            let plain =
+                |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '+' | ':' | '.' | '/' | '@' | '=' | ',');
+            match !word.is_empty() && word.chars().all(plain) {
+                true => write!(f, "{space}{word}")?,
+                false => write!(f, "{space}'{}'", word.replace('\'', "'\\''"))?,
+            }
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -290,6 +336,8 @@ mod tests {
         let pairs = [("host", "/run/pg"), ("dbname", "Shöp \"1\""), ("user", "o'\\x"), ("port", "")];
         assert_eq!(Conninfo(&pairs).to_string(), r#"host=/run/pg dbname='Shöp "1"' user='o\'\\x' port=''"#);
         assert_eq!(Toml("a\"b\\c\n\u{7f}é").to_string(), "\"a\\\"b\\\\c\\u000A\\u007Fé\"");
+        let words = ["psql", "dbname=it's", "a b", "", "x=y"];
+        assert_eq!(Shell(&words).to_string(), r"psql 'dbname=it'\''s' 'a b' '' x=y");
         let words = ["ACL", "SETUSER", "p", "~item:*", "~it's \"*", "+config|get", "~a\\*b*"];
         assert_eq!(RedisCommand(&words).to_string(), r#"ACL SETUSER p '~item:*' "~it's \"*" '+config|get' '~a\*b*'"#);
     }
