@@ -116,7 +116,7 @@ async fn init(args: &InitArgs, dir: &Path) -> Result<(), Failure> {
         postgres: &postgres,
         redis: &redis,
         surroundings: &surroundings,
-        wal_level: &facts.wal_level,
+        facts: &facts,
         name: &name,
         tables: &tables,
     };
@@ -305,8 +305,9 @@ fn warnings(files: &Files<'_>, needed: &WorkingSet) -> Vec<String> {
             files.name
         ));
     }
-    if files.wal_level != "logical" {
-        warnings.push(format!("wal_level is {}: {} says what to do first.", files.wal_level, files.sql().display()));
+    if !files.facts.can_decode() {
+        let (level, file) = (&files.facts.wal_level, files.sql());
+        warnings.push(format!("wal_level is {level}: {} says what to do first.", file.display()));
     }
     if let Some(refusal) = files.redis.maxmemory_bytes.and_then(|limit| room::refusal(needed, limit)) {
         warnings.push(refusal);

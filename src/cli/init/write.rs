@@ -10,6 +10,7 @@ use crate::bridge::room;
 use crate::remedy::{Sql, Toml};
 use crate::schema::QualifiedName;
 use crate::source::candidates::Surroundings;
+use crate::source::slot::ServerFacts;
 use crate::terminal::printable;
 use crate::words::counted;
 use std::collections::BTreeSet;
@@ -30,7 +31,7 @@ pub(super) struct Files<'a> {
     pub postgres: &'a PostgresSide,
     pub redis: &'a RedisSide,
     pub surroundings: &'a Surroundings,
-    pub wal_level: &'a str,
+    pub facts: &'a ServerFacts,
     /// Of slot, publication and Redis user.
     pub name: &'a str,
     pub tables: &'a [Table],
@@ -134,12 +135,12 @@ impl Files<'_> {
                 self.surroundings.database
             ),
         );
-        if self.wal_level != "logical" {
+        if !self.facts.can_decode() {
             out += &prose(
                 "--",
                 &format!(
                     "wal_level is {}. First change that, and restart Postgres, which this file does not do:",
-                    self.wal_level
+                    self.facts.wal_level
                 ),
             );
             match &self.surroundings.replication_group {
