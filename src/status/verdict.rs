@@ -449,7 +449,10 @@ mod tests {
     use super::*;
     use crate::checkpoint::Blocked;
     use crate::format::Format;
+    use crate::lsn::{EndLsn, Lsn};
     use crate::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
+    use crate::status::LastVerify;
+    use std::time::SystemTime;
 
     const LIMIT: Duration = Duration::from_secs(30);
 
@@ -575,6 +578,16 @@ mod tests {
         ),
         ("paused", |s| s.paused = true, Level::Warning, "Paused: nothing is applied", "prefetchd resume"),
         (
+            "paused, and something was lost",
+            |s| {
+                (s.paused, s.tables[0].state) = (true, Some(TableState::Healing));
+                s.tables[0].because = Some("redis has no checkpoint".to_owned());
+            },
+            Level::Bad,
+            "Meanwhile Redis has lost what it had of a",
+            "prefetchd resume",
+        ),
+        (
             "slot",
             |s| (s.slot_retained_bytes, s.slot_limit_bytes) = (Some(600), Some(1000)),
             Level::Bad,
@@ -650,8 +663,12 @@ mod tests {
                 missing += &format!("{row}\n");
             }
         }
-        let (status, now) = healthy();
-        let good = row(&status.verdict(now, LIMIT));
+        let (mut status, now) = healthy();
+        let mut good = row(&status.verdict(now, LIMIT));
+        let tally = Tally { repaired: 5, ..Tally::default() };
+        let at = SystemTime::UNIX_EPOCH;
+        status.last_verify = Some(LastVerify { at, tally, elapsed: Duration::ZERO, lsn: EndLsn(Lsn::FIRST) });
+        good += &format!("\n{}", row(&status.verdict(now, LIMIT)));
         assert!(missing.is_empty() && documented.contains(&good), "docs/verdicts.md lacks\n{missing}{good}");
     }
 

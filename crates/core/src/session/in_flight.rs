@@ -266,7 +266,9 @@ impl Machine {
         let part = in_flight.part.as_mut().expect("a part is being compared");
         part.compared(differences);
         let table = part.table;
-        let mut keys: Vec<_> = part.differing(differences).take(NAMED).map(|(kind, key)| (kind, key.clone())).collect();
+        let mut keys: Vec<_> = part.differing(differences).map(|(kind, key)| (kind, key.clone())).collect();
+        // The differences are in no order, and the same run must always do the same.
+        keys.sort_unstable_by(|(_, a), (_, b)| a.cmp(b));
         let known = self.tables.get(table).load().map_or(0, |load| load.tally.drift());
         keys.truncate(NAMED.saturating_sub(usize::try_from(known).unwrap_or(usize::MAX)));
         if !keys.is_empty() {
