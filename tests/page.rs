@@ -303,6 +303,8 @@ async fn a_stream_that_breaks_is_shown_and_comes_back() {
     daemon.ready().await;
     browser.open(daemon.address()).await;
     browser.console_is_empty().await;
+    // The first figures come a second after the start.
+    browser.shows("#lag", "0.0 s").await;
     // Nothing is closed: the daemon only falls silent.
     daemon.signal(Signal::SIGSTOP);
     browser.shows("#link", "no answer for 5 s, all of this is old").await;
