@@ -14,7 +14,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 const READ_BYTES: usize = 64 << 10;
@@ -173,14 +173,7 @@ impl Link {
             if self.received.len() - at > room {
                 return Err(resp::Malformed::TooLong(most).into());
             }
-            self.received.reserve(READ_BYTES);
-            match self.socket.read.read_buf(&mut self.received).await {
-                Ok(0) => {
-                    return Err(lost(io::Error::new(io::ErrorKind::UnexpectedEof, "Redis closed the connection")));
-                }
-                Ok(bytes) => self.moved.add(bytes),
-                Err(error) => return Err(lost(error)),
-            }
+            fill(&mut self.socket.read, &mut self.received, &self.moved).await.map_err(lost)?;
         }
     }
 
@@ -223,15 +216,7 @@ impl Link {
                 if received.len() > room {
                     return Err(resp::Malformed::TooLong(most).into());
                 }
-                received.reserve(READ_BYTES);
-                match socket_read.read_buf(received).await {
-                    Ok(0) => {
-                        let error = io::Error::new(io::ErrorKind::UnexpectedEof, "Redis closed the connection");
-                        return Err(SinkError::Lost { redis: redis(), error });
-                    }
-                    Ok(bytes) => moved.add(bytes),
-                    Err(error) => return Err(SinkError::Lost { redis: redis(), error }),
-                }
+                fill(socket_read, received, moved).await.map_err(|error| SinkError::Lost { redis: redis(), error })?;
             }
         };
         tokio::pin!(read);
@@ -247,6 +232,18 @@ impl Link {
                 let _ = timeout(LAST_WORDS, read).await;
                 Err(SinkError::Lost { redis: redis(), error })
             }
+        }
+    }
+}
+
+/// Waits for more bytes.
+async fn fill(socket: &mut (impl AsyncRead + Unpin), received: &mut BytesMut, moved: &Moved) -> io::Result<()> {
+    received.reserve(READ_BYTES);
+    match socket.read_buf(received).await? {
+        0 => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "Redis closed the connection")),
+        bytes => {
+            moved.add(bytes);
+            Ok(())
         }
     }
 }
