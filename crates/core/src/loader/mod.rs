@@ -12,6 +12,7 @@ mod next_reads;
 mod one_load;
 mod patience;
 pub mod range;
+mod read_keys;
 #[cfg(test)]
 mod tests;
 mod visits;
@@ -49,14 +50,25 @@ pub struct Measures {
     pub chunks_out: usize,
     /// How many small tables or partitions may be read together, as if they were one chunk of a large table.
     pub together: usize,
+    /// How many keys of rows are remembered, by all loads together, until their orphans are found. Postgres is asked
+    /// about the others.
+    pub keys_remembered: usize,
     /// Whether the rows of a table that had none bring the commands for their memberships.
     pub members: Members,
 }
 
 impl Default for Measures {
     fn default() -> Self {
-        let (readers, chunks_out, members) = (2, 5, Members::Encoded);
-        Measures { pages_a_chunk: 64, keys_a_question: 4_000, readers, chunks_out, together: 32, members }
+        Measures {
+            pages_a_chunk: 64,
+            keys_a_question: 4_000,
+            readers: 2,
+            chunks_out: 5,
+            together: 32,
+            // As many as fit into a hash table of 9 MB.
+            keys_remembered: 7 << 17,
+            members: Members::Encoded,
+        }
     }
 }
 
@@ -237,17 +249,23 @@ impl<T: Clone> Loader<T> {
     }
 
     fn judged(&mut self, chunk: ChunkId, verdict: Verdict, out: &mut Vec<Errand<T>>) {
-        let Judged { job, keyless, .. } = self.readers.judged(chunk);
+        let Judged { job, keyless, keys, .. } = self.readers.judged(chunk);
         let table = job.table;
         if verdict == Verdict::Written {
             let letters =
                 keyless.into_iter().map(|Keyless { code, letter }| FromLoad::DeadLetter { table, code, letter });
             out.extend(letters.map(say));
         }
+        let remembered: usize = self.loads.values().map(Active::keys_remembered).sum();
+        let room = self.measures.keys_remembered.saturating_sub(remembered);
         let Some(active) = self.load_of(&job) else { return };
         match verdict {
             Verdict::ReadAgain => active.again(job.task),
-            Verdict::Written | Verdict::GivenUp => active.settled(),
+            Verdict::Written => {
+                active.has_written(keys, room);
+                active.settled();
+            }
+            Verdict::GivenUp => active.settled(),
         }
         self.inbox.advancing.push_back(table);
     }
@@ -276,7 +294,7 @@ impl<T: Clone> Loader<T> {
         match self.asked.take() {
             Some(Asked::Sweep(table)) => {
                 let active = self.loads.get_mut(&table).expect("it waits for its keys");
-                active.found(next, &keys, self.limits.rows_bytes());
+                active.found(next, &keys, self.measures.keys_a_question, self.limits.rows_bytes());
                 self.inbox.advancing.push_back(table);
             }
             Some(Asked::Retired(template)) => self.found_retired(template, next, keys, out),

@@ -23,6 +23,8 @@ pub(super) struct Judged {
     pub job: Job,
     /// Reported once the chunk is written, since it may have to be read again first.
     pub keyless: Vec<Keyless>,
+    /// Remembered once the chunk is written. See [`Active::keys_of`].
+    pub keys: Vec<u64>,
     /// How many chunks came from the same visit.
     pub together: usize,
 }

@@ -3,12 +3,13 @@
 use super::beginnings::Beginning;
 use super::messages::{Brought, Loadable, Task};
 use super::range::{Range, ranges};
+use super::read_keys::ReadKeys;
 use super::{Measures, next_reads::Job};
 use crate::command::{self, Key};
 use crate::resp::batch::Members;
 use crate::rules::{Rule, holds};
 use crate::schema::{Oid, TableId};
-use crate::session::load_messages::{LoadId, Only, Purpose};
+use crate::session::load_messages::{Content, LoadId, Only, Purpose};
 use std::collections::{BTreeMap, VecDeque};
 
 pub(super) struct Active<T> {
@@ -29,6 +30,9 @@ pub(super) struct Active<T> {
     out: usize,
     /// See [`FromLoad::Began`](crate::session::load_messages::FromLoad).
     is_empty: bool,
+    read: ReadKeys,
+    /// Keys that may be orphans, until there are enough to ask about.
+    candidates: Vec<Key>,
     sweep: Sweep,
 }
 
@@ -70,8 +74,22 @@ impl<T> Active<T> {
         } else {
             Sweep::NotYet
         };
-        let (filenodes, reads_alone, was_locked, out) = (BTreeMap::new(), false, false, 0);
-        Active { id, purpose, attempt, table, only, filenodes, reads_alone, was_locked, todo, out, is_empty, sweep }
+        Active {
+            id,
+            purpose,
+            attempt,
+            table,
+            only,
+            filenodes: BTreeMap::new(),
+            reads_alone: false,
+            was_locked: false,
+            todo,
+            out: 0,
+            is_empty,
+            read: ReadKeys::default(),
+            candidates: Vec::new(),
+            sweep,
+        }
     }
 
     pub fn members(&self, measures: &Measures) -> Members {
@@ -121,6 +139,25 @@ impl<T> Active<T> {
         first == now || !holds(Rule::LoadAgainRewritten)
     }
 
+    pub fn keys_remembered(&self) -> usize {
+        self.read.len()
+    }
+
+    /// Returns the keys of these rows, for [`Self::has_written`].
+    pub fn keys_of(&self, content: &Content) -> Vec<u64> {
+        match (content, &self.sweep) {
+            (Content::Rows(parts), Sweep::NotYet) => {
+                self.read.hashes(parts.iter().flat_map(|rows| &rows.rows).map(|(key, _)| key))
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Rows of a range were written, or are right. At most `room` are remembered.
+    pub fn has_written(&mut self, keys: Vec<u64>, room: usize) {
+        self.read.add(keys, room);
+    }
+
     /// The chunk does not reach the end of its range. The rest becomes a task of its own.
     pub fn leaves(&mut self, range: &mut Range, rest: Range) {
         range.without(&rest);
@@ -140,18 +177,23 @@ impl<T> Active<T> {
         Next::Keys(cursor)
     }
 
-    /// `limit`: the maximum weight of the rows in a batch.
-    pub fn found(&mut self, next: u64, keys: &[Key], limit: usize) {
+    /// `enough`: how many keys one question is about. `limit`: the maximum weight of the rows in a batch.
+    pub fn found(&mut self, next: u64, keys: &[Key], enough: usize, limit: usize) {
         self.sweep = if next == 0 { Sweep::Done } else { Sweep::At(next) };
-        let keys: Vec<Key> = keys.iter().filter(|key| self.only.has_key(key)).cloned().collect();
+        let may_be_orphan = |key: &&Key| self.only.has_key(key) && !self.read.has(key);
+        self.candidates.extend(keys.iter().filter(may_be_orphan).cloned());
+        if next != 0 && self.candidates.len() < enough {
+            return;
+        }
         let mut weight = 0;
         // The orphans among the keys of one task are removed in a single batch.
-        let parts = keys.chunk_by(|key, _| {
+        let parts = self.candidates.chunk_by(|key, _| {
             weight += command::weight_of_key(key);
             let fits = weight <= limit / 2;
             weight = if fits { weight } else { 0 };
             fits
         });
         self.todo.extend(parts.map(|keys| Task::Orphans(keys.to_vec())));
+        self.candidates.clear();
     }
 }

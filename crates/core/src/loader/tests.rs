@@ -2,12 +2,14 @@ use super::range::{Extent, KeyBound, Range, Span};
 use super::*;
 use crate::change::Nonce;
 use crate::checkpoint::Blocked;
+use crate::command::EncodedRows;
 use crate::format::Format;
 use crate::reason::Reason;
 use crate::schema::{CatalogMark, Composition, LeafFile, NullRule, QualifiedName};
 use crate::session::load_messages::{Content, Floors, Only, Purpose};
 use crate::typed::known::KnownTypes;
 use crate::typed::row_type::EncodedRowType;
+use bytes::Bytes;
 use std::collections::HashSet;
 use std::time::Duration;
 
@@ -138,7 +140,7 @@ fn brought(part: &Reading<u16>, filenode: u32, rest: Option<Range>) -> Got {
         Task::Orphans(keys) => Content::Orphans { asked: keys.clone(), exist: HashSet::new() },
         Task::Keys(keys) => Content::Keys {
             asked: keys.keys.clone(),
-            found: crate::command::EncodedRows::default(),
+            found: EncodedRows::default(),
             unread: Vec::new(),
             checks: keys.checks,
             mapped_as: 0,
@@ -381,4 +383,36 @@ fn a_loader_that_rests_reads_single_keys_and_no_chunk() {
     scene.now = until;
     scene.hears(Heard::Woke);
     assert_eq!((scene.loader.wakes_at(), scene.todo.len()), (None, readers));
+}
+
+#[test]
+fn postgres_is_asked_only_about_keys_that_no_good_chunk_had() {
+    let mut scene = Scene::new(1);
+    scene.orders_fill(Only::All);
+    scene.todo.pop_front();
+    scene.hears(Heard::LookedUp(vec![loadable(TableId(0), Extent::Pages(vec![1]))]));
+    scene.todo.pop_front();
+    scene.hears(Heard::Empty(HashSet::new()));
+    let with = |part: &Reading<u16>, keys: &[&str]| {
+        let Got::Brought(mut brought) = brought(part, 1, None) else { unreachable!() };
+        let rows = keys.iter().map(|key| (Key(Bytes::copy_from_slice(key.as_bytes())), 0)).collect();
+        brought.content = Content::Rows(vec![EncodedRows { rows, ..EncodedRows::default() }]);
+        vec![Got::Brought(brought)]
+    };
+    // What this chunk saw may be gone without a word in the stream.
+    let (visit, parts) = scene.next_visit();
+    scene.hears(Heard::Visited(visit, with(&parts[0], &["t0:1", "t0:2"])));
+    scene.chunks_are(Verdict::ReadAgain);
+    let (visit, parts) = scene.next_visit();
+    scene.hears(Heard::Visited(visit, with(&parts[0], &["t0:2", "t0:3"])));
+    scene.chunks_are(Verdict::Written);
+    // Few are left of a page: they wait for those of the next.
+    for (next, found) in [(7, ["t0:1", "t0:2"]), (0, ["t0:3", "t0:4"])] {
+        assert!(matches!(scene.todo.pop_front(), Some(Errand::Scan { .. })));
+        let keys = found.iter().map(|key| Key(Bytes::copy_from_slice(key.as_bytes()))).collect();
+        scene.hears(Heard::Scanned { next, keys });
+    }
+    let (_, parts) = scene.next_visit();
+    let [Reading { task: Task::Orphans(asked), .. }] = &parts[..] else { panic!("orphans: {parts:?}") };
+    assert_eq!(asked, &[Key("t0:1".into()), Key("t0:4".into())]);
 }

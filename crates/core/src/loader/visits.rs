@@ -176,7 +176,8 @@ impl<T: Clone> Loader<T> {
         }
         // Otherwise every comparison would report the same rows again.
         let keyless = if compares { Vec::new() } else { brought.keyless };
-        let id = self.readers.hands_over(Judged { job, keyless, together });
+        let keys = self.load_of(&job).map_or_else(Vec::new, |active| active.keys_of(&brought.content));
+        let id = self.readers.hands_over(Judged { job, keyless, keys, together });
         let Brought { snapshot, nonce, content, unwritable, floor, .. } = brought;
         out.push(say(FromLoad::Chunk(Chunk { id, table, load, nonce, snapshot, content, unwritable, floor })));
     }

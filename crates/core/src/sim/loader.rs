@@ -77,6 +77,7 @@ impl Errands {
             readers: 2,
             chunks_out: *world.rng.pick(&[3, 5]),
             together: *world.rng.pick(&[1, 3]),
+            keys_remembered: *world.rng.pick(&[0, 3, 1_000]),
             members: Members::Encoded,
         };
         let mut errands = Errands {
