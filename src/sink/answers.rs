@@ -292,16 +292,18 @@ pub(super) fn is_this_row(items: &[Reply], put: &[u8]) -> bool {
     }
 }
 
-/// `asked` has the keys with their expected rows, which were read; then TYPE was asked for the other keys.
+/// `asked` has the keys with their expected rows, which were read; then TYPE was asked for the other keys. `None` is the
+/// reply that a row as expected gives.
 pub(super) fn differences(
     wanted: &Comparison,
     asked: &[(&Key, &[u8])],
-    replies: Vec<Reply>,
+    replies: Vec<Option<Reply>>,
 ) -> Result<Differences, SinkError> {
     let command = wanted.format.read_command();
     let mut differences = Differences::default();
     let mut replies = replies.into_iter();
     for ((key, row), reply) in asked.iter().zip(&mut replies) {
+        let Some(reply) = reply else { continue };
         let is_right = match (wanted.format, reply) {
             (Format::Hash, Reply::Array(items)) if items.is_empty() => None,
             (Format::Hash, Reply::Array(items)) => Some(is_this_row(&items, row)),
@@ -317,7 +319,7 @@ pub(super) fn differences(
             Some(true) => {}
         }
     }
-    for (key, reply) in wanted.keys.iter().zip(replies) {
+    for (key, reply) in wanted.keys.iter().zip(replies.flatten()) {
         if type_of(key, reply)? != "none" {
             differences.present.insert(key.clone());
         }

@@ -457,7 +457,7 @@ impl LaneWriter {
         let requests: Vec<_> = rows.chain(wanted.keys.iter().map(|key| about(b"TYPE", key))).collect();
         let replies = self.ask_all(&requests, ROWS_BYTES).await?;
         self.is_armed = true;
-        differences(wanted, &asked, replies)
+        differences(wanted, &asked, replies.into_iter().map(Some).collect())
     }
 
     /// Returns one page of the keys that begin with `prefix`. Begin with cursor 0, and continue with the returned one

@@ -7,7 +7,7 @@ use super::answers::{accepted, exactly};
 use super::bounds::{LOGIN_BYTES, REPLY_BYTES};
 use super::connect::{self, RedisTarget, Socket, Stream};
 use super::replies::{Replies, Reply};
-use crate::resp::{self, ELEMENT_BYTES, Token};
+use crate::resp::{self, Begins, ELEMENT_BYTES, HashReply, Token};
 use bytes::{Buf, Bytes, BytesMut};
 use std::io;
 use std::ops::ControlFlow;
@@ -112,25 +112,49 @@ impl Link {
         replies: usize,
         request: impl Fn(usize) -> R,
     ) -> Result<Vec<Reply>, SinkError> {
+        let replies = self.ask_differing(most, pieces, replies, |_| None, request).await?;
+        Ok(replies.into_iter().flatten().collect())
+    }
+
+    /// As [`Self::ask_each`], but returns `None` for each reply that has the bytes which are `expected` of the reply with
+    /// its index. Nothing is made of those.
+    pub async fn ask_differing<'e, R: AsRef<[u8]>>(
+        &mut self,
+        most: usize,
+        pieces: impl IntoIterator<Item = impl Buf>,
+        replies: usize,
+        expected: impl Fn(usize) -> Option<HashReply<'e>>,
+        request: impl Fn(usize) -> R,
+    ) -> Result<Vec<Option<Reply>>, SinkError> {
         let mut wanted = Replies::new(replies);
-        let answered = self.exchange(pieces, most, |token| wanted.take(token)).await;
+        let take = |bytes: &[u8]| {
+            if let Some(expected) = wanted.begins().and_then(&expected) {
+                match expected.begins(bytes) {
+                    Begins::Whole(len) => return Ok(Some(Taken { len, flow: wanted.is_as_expected() })),
+                    Begins::Unfinished => return Ok(None),
+                    Begins::Another => {}
+                }
+            }
+            take_token(bytes, |token| wanted.take(token))
+        };
+        let answered = self.exchange_bytes(pieces, most, take).await;
         let hidden = self.target.password.to_hide();
         let secret = hidden.as_deref();
         let mut searched = 0;
         let shown = |(at, reply)| match reply {
-            Reply::Error(reply) if searched < SEARCHED => {
+            Some(Reply::Error(reply)) if searched < SEARCHED => {
                 searched += 1;
-                Reply::Error(reply.without(request(at).as_ref(), secret))
+                Some(Reply::Error(reply.without(request(at).as_ref(), secret)))
             }
-            Reply::Error(reply) => Reply::Error(reply.without_text()),
+            Some(Reply::Error(reply)) => Some(Reply::Error(reply.without_text())),
             other => other,
         };
-        let mut replies = wanted.into_vec().into_iter().enumerate().map(shown);
+        let mut replies = wanted.into_differing().into_iter().enumerate().map(shown);
         match answered {
             Ok(()) => Ok(replies.collect()),
             // It gave the reason before it closed the connection: too many clients, protected mode.
             Err(lost @ SinkError::Lost { .. }) => match replies.next() {
-                Some(Reply::Error(reply)) => Err(SinkError::HungUp { redis: self.target.to_string(), reply }),
+                Some(Some(Reply::Error(reply))) => Err(SinkError::HungUp { redis: self.target.to_string(), reply }),
                 _ => Err(lost),
             },
             Err(other) => Err(other),
@@ -185,6 +209,16 @@ impl Link {
         most: usize,
         mut take: impl FnMut(Token<'_>) -> Result<ControlFlow<()>, resp::Malformed>,
     ) -> Result<(), SinkError> {
+        self.exchange_bytes(pieces, most, |bytes| take_token(bytes, &mut take)).await
+    }
+
+    /// `take` takes one element, or a whole reply; `None` if there are too few bytes.
+    async fn exchange_bytes(
+        &mut self,
+        pieces: impl IntoIterator<Item = impl Buf>,
+        most: usize,
+        mut take: impl FnMut(&[u8]) -> Result<Option<Taken>, resp::Malformed>,
+    ) -> Result<(), SinkError> {
         let redis = || self.target.to_string();
         let (socket_read, socket_write, received) = (&mut self.socket.read, &mut self.socket.write, &mut self.received);
         let moved = &self.moved;
@@ -203,9 +237,8 @@ impl Link {
             let mut room = most;
             loop {
                 let mut at = 0;
-                while let Some((token, len)) = resp::token(&received[at..])? {
+                while let Some(Taken { len, flow }) = take(&received[at..])? {
                     room = room.checked_sub(len + ELEMENT_BYTES).ok_or(resp::Malformed::TooLong(most))?;
-                    let flow = take(token)?;
                     at += len;
                     if flow.is_break() {
                         received.advance(at);
@@ -234,6 +267,19 @@ impl Link {
             }
         }
     }
+}
+
+struct Taken {
+    len: usize,
+    flow: ControlFlow<()>,
+}
+
+fn take_token(
+    bytes: &[u8],
+    take: impl FnOnce(Token<'_>) -> Result<ControlFlow<()>, resp::Malformed>,
+) -> Result<Option<Taken>, resp::Malformed> {
+    let Some((token, len)) = resp::token(bytes)? else { return Ok(None) };
+    Ok(Some(Taken { len, flow: take(token)? }))
 }
 
 /// Waits for more bytes.

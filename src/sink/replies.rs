@@ -45,7 +45,8 @@ fn error_reply(text: &[u8]) -> ErrorReply {
 #[derive(Debug)]
 pub struct Replies {
     wanted: usize,
-    done: Vec<Reply>,
+    /// `None`: the bytes that were expected.
+    done: Vec<Option<Reply>>,
     /// The open arrays, outermost first: the elements so far, and how many remain.
     open: Vec<(Vec<Reply>, u64)>,
 }
@@ -82,11 +83,31 @@ impl Replies {
             }
             reply = Reply::Array(items);
         }
-        self.done.push(reply);
-        Ok(if self.done.len() == self.wanted { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        Ok(self.is_done(Some(reply)))
     }
 
+    /// Returns the index of the reply that begins here; `None` in the middle of one.
+    pub fn begins(&self) -> Option<usize> {
+        self.open.is_empty().then_some(self.done.len())
+    }
+
+    /// The reply that begins here was recognized by its bytes.
+    pub fn is_as_expected(&mut self) -> ControlFlow<()> {
+        self.is_done(None)
+    }
+
+    fn is_done(&mut self, reply: Option<Reply>) -> ControlFlow<()> {
+        self.done.push(reply);
+        if self.done.len() == self.wanted { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
+    /// Returns all replies but those that were expected.
     pub fn into_vec(self) -> Vec<Reply> {
+        self.done.into_iter().flatten().collect()
+    }
+
+    /// Returns all replies. `None`: as expected.
+    pub fn into_differing(self) -> Vec<Option<Reply>> {
         self.done
     }
 }

@@ -27,6 +27,7 @@ use super::replies::{Outcome, Place, Reply, Transaction};
 use super::server::{self, Lost, ServerInfo};
 use super::{ErrorReply, Found, Request, SinkError, Stored, Touched, Withdrawal};
 use crate::command::Key;
+use crate::format::Format;
 use crate::lookups::questions::{Answers, Questions};
 use crate::lsn::EndLsn;
 use crate::resp;
@@ -340,7 +341,15 @@ impl Writer {
             resp::command(&mut out, &[b"TYPE", key.as_bytes()]);
         }
         let number = asked.len() + wanted.keys.len();
-        let replies = if number == 0 { Vec::new() } else { self.link.ask_within(ROWS_BYTES, &out, number).await? };
+        let is_hash = wanted.format == Format::Hash;
+        let expected = |at: usize| {
+            let (key, row) = asked.get(at).filter(|_| is_hash)?;
+            resp::hash_of(row, key)
+        };
+        let replies = match number {
+            0 => Vec::new(),
+            _ => self.link.ask_differing(ROWS_BYTES, [&out[..]], number, expected, |_| &out).await?,
+        };
         let differences = differences(wanted, &asked, replies);
         // All replies have arrived, and an error among them does not affect what is watched.
         if matches!(differences, Ok(_) | Err(SinkError::Refused { .. })) {

@@ -216,6 +216,62 @@ pub fn fields_of(put: &[u8]) -> Vec<(&[u8], &[u8])> {
     fields
 }
 
+/// What HGETALL replies about a hash whose fields are in the order in which they were written. Any other order is another
+/// reply about the same hash.
+#[derive(Debug, Clone, Copy)]
+pub struct HashReply<'a> {
+    /// Of fields and values together.
+    elements: u64,
+    body: &'a [u8],
+}
+
+/// How bytes begin that were compared with a reply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begins {
+    /// With the reply, which has this length.
+    Whole(usize),
+    /// With a part of the reply, and there are no more bytes.
+    Unfinished,
+    Another,
+}
+
+impl HashReply<'_> {
+    pub fn begins(&self, bytes: &[u8]) -> Begins {
+        let (head, len) = match token(bytes) {
+            Ok(Some(head)) => head,
+            Ok(None) if bytes.len() <= MAX_LINE_BYTES => return Begins::Unfinished,
+            Ok(None) | Err(_) => return Begins::Another,
+        };
+        let rest = &bytes[len..];
+        match head {
+            Token::Array(elements) if elements == self.elements => match rest.get(..self.body.len()) {
+                Some(body) if body == self.body => Begins::Whole(len + body.len()),
+                None if self.body.starts_with(rest) => Begins::Unfinished,
+                Some(_) | None => Begins::Another,
+            },
+            _ => Begins::Another,
+        }
+    }
+}
+
+/// Returns what HGETALL replies about the hash that a [`put`] of three commands writes at `key`. The arguments of HSET are
+/// the elements of that reply.
+pub fn hash_of<'a>(put: &'a [u8], key: &Key) -> Option<HashReply<'a>> {
+    let key = bulk_len(key.as_bytes().len());
+    let hset = put.strip_prefix(DEL)?.get(key..)?;
+    let (Token::Array(arguments), len) = token(hset).ok()?? else { return None };
+    let pairs = hset[len..].strip_prefix(HSET)?.get(key..)?;
+    let ttl = pairs.strip_suffix(b"\r\n")?.iter().rev().take_while(|byte| byte.is_ascii_digit()).count();
+    let end = pairs.len().checked_sub(PEXPIRE.len() + key + bulk_len(ttl))?;
+    let (body, pexpire) = pairs.split_at(end);
+    pexpire.starts_with(PEXPIRE).then(|| HashReply { elements: arguments.saturating_sub(2), body })
+}
+
+/// How many bytes [`bulk`] writes.
+fn bulk_len(bytes: usize) -> usize {
+    1 + itoa::Buffer::new().format(bytes).len() + 2 + bytes + 2
+}
+
 /// Writes a command and returns how many replies it will get.
 ///
 /// # Errors
@@ -715,6 +771,44 @@ mod tests {
         let backwards = [(2, "on", AS_IS), (0, "id", AS_IS), (0, "again", AS_IS)];
         assert_eq!(put(NullRule::Omit, &backwards)[1], "HSET k:1 on t id 1 again 1");
         assert_eq!(put(NullRule::Omit, &[(1, "name", AS_IS)]), ["DEL k:1"; 3], "never an HSET without fields");
+    }
+
+    #[test]
+    fn the_reply_about_a_row_is_known_byte_by_byte() {
+        let fields = [(0, "id", AS_IS), (1, "name", AS_IS), (2, "on", Render::Boolean)];
+        for (null, cells, reply) in [
+            (NullRule::Empty, [Some("1"), None, Some("t")], &[&b"id"[..], b"1", b"name", b"", b"on", b"true"][..]),
+            (NullRule::Omit, [Some("1"), None, Some("t")], &[b"id", b"1", b"on", b"true"]),
+            (
+                NullRule::Omit,
+                [Some("1"), Some("*3\r\n$7\r\nPEXPIRE\r\n"), None],
+                &[b"id", b"1", b"name", b"*3\r\n$7\r\nPEXPIRE\r\n"],
+            ),
+        ] {
+            let (mut written, mut same) = (BytesMut::new(), BytesMut::new());
+            put(&mut written, &key("k:1"), &layout(null, &fields), &row(&cells), &Limits::default()).unwrap();
+            command(&mut same, reply);
+            let expected = hash_of(&written, &key("k:1")).unwrap();
+            assert_eq!(expected.begins(&same), Begins::Whole(same.len()));
+            assert_eq!(expected.begins(&[&same[..], b"*0\r\n"].concat()), Begins::Whole(same.len()));
+            for end in 0..same.len() {
+                assert_eq!(expected.begins(&same[..end]), Begins::Unfinished, "{end}");
+                let mut other = same.to_vec();
+                other[end] ^= 1;
+                assert_ne!(expected.begins(&other), Begins::Whole(same.len()), "{end}");
+            }
+            assert!(hash_of(&written, &key("k:22")).is_none());
+            for end in 0..written.len() {
+                let cut = hash_of(&written[..end], &key("k:1"));
+                assert!(cut.is_none_or(|cut| cut.begins(&same) == Begins::Another), "{end}");
+            }
+        }
+        let mut reversed = BytesMut::new();
+        command(&mut reversed, &[b"on", b"true", b"id", b"1"]);
+        let mut written = BytesMut::new();
+        let cells = [Some("1"), None, Some("t")];
+        put(&mut written, &key("k:1"), &layout(NullRule::Omit, &fields), &row(&cells), &Limits::default()).unwrap();
+        assert_eq!(hash_of(&written, &key("k:1")).unwrap().begins(&reversed), Begins::Another);
     }
 
     #[test]
