@@ -26,6 +26,7 @@ mod socket;
 pub mod stream;
 pub mod survey;
 pub mod target;
+mod thread;
 pub mod wire;
 
 use crate::error::Disposition;

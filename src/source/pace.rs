@@ -10,7 +10,7 @@ use std::time::Duration;
 
 /// Shorter than the time that fills the socket buffer (about 200 small messages for a Unix socket), so the server never
 /// has to wait.
-pub const NAP: Duration = Duration::from_micros(200);
+pub const NAP: Duration = Duration::from_micros(150);
 /// A read that completes within this time after the previous one did not wait for data.
 const AT_ONCE: Duration = Duration::from_micros(200);
 /// A read of this size is efficient.

@@ -14,6 +14,7 @@
 use super::assemble::{AssembleError, Assembler};
 use super::pace::{NAP, Pace};
 use super::socket::{Reader, Writer};
+use super::thread;
 use super::wire::{self, CopyBoth, Frame, Inbound};
 use super::{ServerError, SourceError};
 use crate::change::{Delivery, POSTGRES_EPOCH_SECONDS};
@@ -29,8 +30,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
-use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 /// A status update is sent at least this often.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
@@ -93,21 +94,13 @@ pub struct Stream {
     pub contact: watch::Receiver<Contact>,
     pub backend_pid: i32,
     stop: Option<oneshot::Sender<Option<ConfirmedLsn>>>,
-    task: AbortOnDrop,
-}
-
-struct AbortOnDrop(JoinHandle<SourceError>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
+    task: AbortOnDropHandle<SourceError>,
 }
 
 impl Stream {
     /// Returns why `deliveries` was closed, after waiting for that if necessary. To be called once.
     pub async fn ended(&mut self) -> SourceError {
-        match (&mut self.task.0).await {
+        match (&mut self.task).await {
             Ok(error) => error,
             Err(error) => SourceError::unexpected("streaming", format!("the task failed: {error}")),
         }
@@ -118,12 +111,12 @@ impl Stream {
         if let Some(stop) = self.stop.take()
             && stop.send(last).is_ok()
         {
-            let _ = (&mut self.task.0).await;
+            let _ = (&mut self.task).await;
         }
     }
 }
 
-/// Runs a session in a task of its own. Rows of tables other than those `followed` are not delivered.
+/// Runs a session on its own thread. Rows of tables other than those `followed` are not delivered.
 pub fn spawn(copy: CopyBoth, followed: HashSet<QualifiedName>) -> Stream {
     let (queue, deliveries) = mpsc::channel(QUEUE_ITEMS);
     let (feedback, told) = watch::channel(Feedback::default());
@@ -143,7 +136,7 @@ pub fn spawn(copy: CopyBoth, followed: HashSet<QualifiedName>) -> Stream {
         usual_items: 0,
     };
     let ends = Ends { reader: copy.reader, writer: copy.writer, inbound: copy.inbound };
-    let task = AbortOnDrop(tokio::spawn(run(session, ends, queue, told, stopped)));
+    let task = thread::spawn(run(session, ends, queue, told, stopped));
     Stream { deliveries, feedback, contact, backend_pid, stop: Some(stop), task }
 }
 

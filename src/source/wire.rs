@@ -14,6 +14,7 @@ use super::login::{Credentials, Login, Step};
 use super::settings::{POOLER, check_session, session_sql};
 use super::socket::{self, Reader, Socket, Writer};
 use super::target::{PostgresTarget, SessionAttrs};
+use super::thread;
 use super::{ServerError, SourceError};
 use crate::lsn::EndLsn;
 use crate::remedy::Sql;
@@ -24,6 +25,7 @@ use postgres_protocol::message::backend::{COPY_DATA_TAG, Header, Message};
 use postgres_protocol::message::frontend;
 use std::io;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::task::JoinError;
 
 /// CopyBothResponse, which `postgres-protocol` does not know.
 const COPY_BOTH_TAG: u8 = b'W';
@@ -159,6 +161,13 @@ impl ReplicationConnection {
     /// Opens a session with `replication=database` and the settings of every other connection, with the first suitable
     /// server.
     pub async fn connect(target: &PostgresTarget, application_name: &str) -> Result<Self, SourceError> {
+        let (target, application_name) = (target.clone(), application_name.to_owned());
+        let connecting = thread::spawn(async move { Self::connect_here(&target, &application_name).await });
+        let failed = |error: JoinError| SourceError::unexpected("connecting", format!("the task failed: {error}"));
+        connecting.await.map_err(failed)?
+    }
+
+    async fn connect_here(target: &PostgresTarget, application_name: &str) -> Result<Self, SourceError> {
         // Before the time limit of a login begins.
         let password = &target.password.read_for_login().await?;
         let log_in = |socket: Socket, at, wanted| async move {
