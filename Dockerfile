@@ -2,11 +2,13 @@
 
 # Both stages are Debian 12, so that the binary finds the C library that it was linked with.
 FROM rust:1-slim-bookworm AS build
+ARG TARGETARCH
 WORKDIR /src
 COPY . .
-# The binary is copied, because a cache mount is not part of the image.
+# The binary is copied, because a cache mount is not part of the image. Each architecture has its own target directory:
+# with one for both, the binary of the other might be copied.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
-    --mount=type=cache,target=/src/target \
+    --mount=type=cache,id=prefetchd-target-$TARGETARCH,target=/src/target \
     cargo build --release --locked && cp target/release/prefetchd /prefetchd
 
 # No shell and no package manager. `nonroot` is uid and gid 65532.

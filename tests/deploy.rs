@@ -22,11 +22,11 @@ const CONFIGURATION: &str = "/etc/prefetchd/prefetchd.toml";
 /// network.
 const EXPOSURE: &str = "15";
 
-fn root() -> PathBuf {
+pub fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-fn text(file: &str) -> String {
+pub fn text(file: &str) -> String {
     std::fs::read_to_string(root().join(file)).unwrap_or_else(|error| panic!("{file}: {error}"))
 }
 
@@ -123,7 +123,7 @@ fn cargo_metadata(args: &[&str]) -> Value {
 }
 
 /// What the package contains: source, destination, and mode.
-fn assets() -> Vec<[String; 3]> {
+pub fn assets() -> Vec<[String; 3]> {
     let metadata = cargo_metadata(&["--no-deps"]);
     let mut packages = metadata["packages"].as_array().unwrap().iter();
     let deb = packages.find(|package| package["name"] == "prefetchd").unwrap()["metadata"]["deb"].clone();
@@ -133,32 +133,37 @@ fn assets() -> Vec<[String; 3]> {
     serde_json::from_value(deb["assets"].clone()).unwrap()
 }
 
+/// Returns the files of the repository that match an asset, whose name may begin with `*`.
+pub fn matching(asset: &str) -> Vec<String> {
+    let (dir, name) = asset.rsplit_once('/').map_or((String::new(), asset), |(dir, name)| (format!("{dir}/"), name));
+    let entries = std::fs::read_dir(root().join(&dir)).unwrap();
+    let entries = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let fits = |file: &String| name.strip_prefix('*').map_or(file == name, |suffix| file.ends_with(suffix));
+    entries.filter(fits).map(|file| format!("{dir}{file}")).collect()
+}
+
 #[test]
 fn the_package_holds_what_is_there_where_it_is_looked_for() {
     let mut installed = Vec::new();
     for [from, to, mode] in assets() {
-        let (dir, name) = from.rsplit_once('/').unwrap_or((".", &from));
         if let Some(generated) = from.strip_prefix("target/generated/") {
             // "*.1" is written by `man-pages`, which writes one for each command.
             let file = generated.replace('*', "prefetchd");
-            let named = format!("target/generated/{file}");
-            assert!(generated == "*.1" || text("scripts/package").contains(&format!("> {named}\n")), "{named}");
+            let written = text("scripts/generate.sh").contains(&format!(">\"$3/{file}\"\n"));
+            assert!(generated == "*.1" || written, "{file}");
             installed.push(format!("/{to}{file}"));
             continue;
         }
         if from.starts_with("target/") {
             assert_eq!((from.as_str(), mode.as_str()), ("target/release/prefetchd", "755"));
-            installed.push(format!("/{to}{name}"));
+            installed.push(format!("/{to}prefetchd"));
             continue;
         }
         assert_eq!(mode, "644", "{from}");
-        let entries =
-            std::fs::read_dir(root().join(dir)).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
-        let suffix = name.strip_prefix('*');
-        let fits = |file: &String| suffix.map_or(file == name, |suffix| file.ends_with(suffix));
-        let files: Vec<_> = entries.filter(fits).collect();
+        let files = matching(&from);
         assert!(!files.is_empty(), "{from} is not there");
-        installed.extend(files.into_iter().map(|file| format!("/{to}{file}")));
+        let names = files.iter().map(|file| file.rsplit('/').next().unwrap());
+        installed.extend(names.map(|name| format!("/{to}{name}")));
     }
     let doc = "/usr/share/doc/prefetchd";
     for file in ["README.md", "LICENSE-MIT", "LICENSE-APACHE", "docs/operating.md", "examples/prefetchd.toml"] {

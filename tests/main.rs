@@ -56,6 +56,7 @@ mod provider;
 mod reads;
 mod redis_ways;
 mod redisjson;
+mod release;
 mod reload;
 mod remedies;
 mod rotation;
