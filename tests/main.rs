@@ -76,4 +76,5 @@ mod terminal;
 mod ttl;
 mod typed;
 mod types;
+mod upgrade;
 mod verdict;
