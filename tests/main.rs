@@ -19,6 +19,7 @@ mod confirm;
 mod demo;
 mod deploy;
 mod differential;
+mod documents;
 mod failover;
 mod faults;
 mod grafana;
