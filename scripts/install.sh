@@ -66,6 +66,13 @@ want_german() {
         say "continuing without the locale de_DE.UTF-8: create it to test a server that speaks German"
 }
 
+# Runs the documents' programs in Python.
+want_redis_py() {
+    python3 -c 'import redis' 2>/dev/null || /usr/bin/python3 -c 'import redis' 2>/dev/null ||
+        (packages=(python3-redis) && install_packages) ||
+        say "continuing without redis-py: install it to run the programs in the documents"
+}
+
 # For tests of what a connection pooler breaks.
 want_pgbouncer() {
     have pgbouncer || [ -x /usr/sbin/pgbouncer ] || (packages=(pgbouncer) && install_packages) ||

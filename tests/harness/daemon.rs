@@ -34,6 +34,7 @@ const SHORT: &str = "catalog=1s setup_retry=1s";
 /// What the configuration contains in addition to every test's settings.
 #[derive(Clone)]
 pub struct Settings {
+    program: PathBuf,
     values: BTreeMap<String, String>,
     tables: String,
     args: Vec<String>,
@@ -70,7 +71,8 @@ impl Settings {
         // Where the daemon leaves its token, and where the commands look for it.
         let runtime_directory = (RUNTIME_DIRECTORY.to_owned(), dir.join("run").to_str().unwrap().to_owned());
         let env = vec![runtime_directory, (TIMING.to_owned(), SHORT.to_owned())];
-        Self { values: BTreeMap::new(), tables, args, env, dir, redis_users: vec![redis.daemon_user()] }
+        let (program, values) = (env!("CARGO_BIN_EXE_prefetchd").into(), BTreeMap::new());
+        Self { program, values, tables, args, env, dir, redis_users: vec![redis.daemon_user()] }
             .text("postgres.url", &postgres.url("prefetchd"))
             .text("postgres.slot", &postgres.slot())
             .text("redis.url", &redis.daemon_url())
@@ -82,6 +84,12 @@ impl Settings {
     pub fn on_cluster(postgres: &Postgres, cluster: &Cluster) -> Self {
         let settings = Self::new(postgres, cluster.node(0)).text("redis.url", &cluster.daemon_url());
         Self { redis_users: cluster.nodes().iter().map(Redis::daemon_user).collect(), ..settings }
+    }
+
+    /// Runs another build of the daemon.
+    #[must_use]
+    pub fn program(self, program: &Path) -> Self {
+        Self { program: program.to_owned(), ..self }
     }
 
     /// Sets a key of the configuration to a string.
@@ -293,15 +301,14 @@ impl Daemon {
 
     fn spawn(settings: &Settings) -> Self {
         let config = settings.file();
-        let program = env!("CARGO_BIN_EXE_prefetchd");
         // With setpriv, if installed, daemons are killed together with the test program.
         let mut command = match on_path(&["setpriv"]) {
             Some(setpriv) => {
                 let mut command = Command::new(setpriv);
-                command.args(["--pdeathsig", "KILL", program]);
+                command.args(["--pdeathsig", "KILL"]).arg(&settings.program);
                 command
             }
-            None => Command::new(program),
+            None => Command::new(&settings.program),
         };
         command.args(&settings.args).arg("--config").arg(config.path());
         let ours = std::env::vars_os().map(|(name, _)| name);

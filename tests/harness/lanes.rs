@@ -109,6 +109,12 @@ impl LaneScene {
         Load(vec![self.traffic.write(&self.postgres, seed, REST)])
     }
 
+    /// The same, and no row gets another key.
+    pub fn write_in_place(&mut self) -> Load {
+        let seed = self.rng.random();
+        Load(vec![self.traffic.write_in_place(&self.postgres, seed, REST)])
+    }
+
     /// Returns the index of the active daemon, as far as one is active.
     pub async fn active(&self) -> usize {
         for (place, daemon) in self.daemons.iter().enumerate() {

@@ -159,6 +159,12 @@ impl Traffic {
         self.start(postgres, seed, rest, Mix::Everything)
     }
 
+    /// The same, but no row gets another key. On a cluster, such a row may have to be read again, and its table to be loaded if
+    /// the daemon ends before.
+    pub fn write_in_place(self, postgres: &Postgres, seed: u64, rest: Duration) -> Writers {
+        self.start(postgres, seed, rest, Mix::InPlace)
+    }
+
     /// Starts a session that writes to [`BINS`].
     pub fn write_bins(self, postgres: &Postgres, seed: u64, rest: Duration) -> Writers {
         self.start_some(1, postgres, seed ^ WRITERS, rest, Mix::Bins)
@@ -434,6 +440,7 @@ impl Drop for Writers {
 #[derive(Clone, Copy)]
 enum Mix {
     Everything,
+    InPlace,
     Touches,
     Churn,
     Bins,
@@ -516,6 +523,7 @@ impl Writer {
         let several = several.iter().map(|id| format!("{TOUCH} WHERE id = {id};")).collect::<String>();
         let kind = match self.mix {
             Mix::Everything => rng.random_range(0..100),
+            Mix::InPlace => [rng.random_range(0..30), rng.random_range(36..58)][rng.random_range(0..2)],
             Mix::Touches => 0,
             Mix::Churn => rng.random_range(36..58),
             Mix::Bins => unreachable!("it has transactions of its own"),

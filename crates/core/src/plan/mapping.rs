@@ -552,6 +552,17 @@ pub(super) mod tests {
         assert_eq!(bind(&spec, &[("id", TEXT)]).expect("fits").fingerprint, unused, "an unused column does not matter");
     }
 
+    /// Another one would load every table of everybody after an upgrade.
+    #[test]
+    fn the_fingerprint_is_settled() {
+        let spec = |format| TableSpec { format, rename: vec![("a".to_owned(), "b".to_owned())], ..spec() };
+        let of = |format| bind(&spec(format), &[("id", TEXT), ("a", BOOL)]).expect("fits").fingerprint;
+        assert_eq!(
+            [Format::Hash, Format::Json, Format::RedisJson].map(of),
+            [7_526_868_083_315_818_598, 7_744_931_387_900_956_975, 16_326_572_367_227_043_719]
+        );
+    }
+
     #[test]
     fn a_document_depends_on_the_order_of_columns_and_on_what_their_types_consist_of() {
         let spec = TableSpec { format: Format::Json, columns: vec!["a".to_owned(), "id".to_owned()], ..spec() };
