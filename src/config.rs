@@ -11,6 +11,7 @@ mod show;
 
 pub use schema::schema;
 
+use crate::code::Code;
 use crate::format::Format;
 use crate::lanes::{Lane, hash_tag};
 use crate::password::command::{self, PasswordCommand};
@@ -124,9 +125,23 @@ pub struct Config {
     pub http: HttpSettings,
     pub log: LogSettings,
     /// Warnings to log once there is a log.
-    pub warnings: Vec<String>,
+    pub warnings: Vec<Warning>,
     /// As [`Config::to_toml`] shows them.
     settings: Vec<(&'static str, String)>,
+}
+
+/// What does not keep the daemon from running, and a person should know.
+#[derive(Debug, Clone)]
+pub struct Warning {
+    pub code: Code,
+    pub text: String,
+}
+
+impl Warning {
+    /// Others than the daemon can read a secret.
+    fn exposed(text: String) -> Self {
+        Warning { code: Code::SecretExposed, text }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -228,6 +243,7 @@ impl fmt::Debug for Secret {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{thing}: {fact}{}{remedy}", if remedy.is_empty() { "" } else { ": " })]
 pub struct ConfigError {
+    pub code: Code,
     /// The key and its file, or the variable.
     pub thing: String,
     pub fact: String,
@@ -235,8 +251,18 @@ pub struct ConfigError {
     pub remedy: String,
 }
 
+/// Refuses a value that its setting does not take.
 fn refuse<T>(thing: impl Into<String>, fact: impl Into<String>, remedy: impl Into<String>) -> Result<T, ConfigError> {
-    Err(ConfigError { thing: thing.into(), fact: fact.into(), remedy: remedy.into() })
+    refuse_as(Code::ConfigValue, thing, fact, remedy)
+}
+
+fn refuse_as<T>(
+    code: Code,
+    thing: impl Into<String>,
+    fact: impl Into<String>,
+    remedy: impl Into<String>,
+) -> Result<T, ConfigError> {
+    Err(ConfigError { code, thing: thing.into(), fact: fact.into(), remedy: remedy.into() })
 }
 
 impl Config {
@@ -339,16 +365,17 @@ impl Config {
             format: merged.choice("log.format", &[("text", LogFormat::Text), ("json", LogFormat::Json)])?,
         };
         for (what, key) in SECRET_FILES {
-            warnings.extend(password::shared(what, Path::new(&merged.text(key)?)));
+            warnings.extend(password::shared(what, Path::new(&merged.text(key)?)).map(Warning::exposed));
         }
         let redis_key = redis.target.tls.as_ref().and_then(|tls| tls.identity.as_ref());
         let reader_key = postgres.reader.as_ref().and_then(PostgresTarget::key_file);
         let keys = [postgres.target.key_file(), reader_key, redis_key.map(|identity| identity.key.as_path())];
-        warnings.extend(keys.into_iter().flatten().filter_map(|key| password::shared("key file", key)));
+        let exposed = keys.into_iter().flatten().filter_map(|key| password::shared("key file", key));
+        warnings.extend(exposed.map(Warning::exposed));
         if merged.holds_password()?
             && let Some(shared) = password::shared("configuration file", Path::new(file))
         {
-            warnings.push(format!("{shared}, or move its password to a password_file"));
+            warnings.push(Warning::exposed(format!("{shared}, or move its password to a password_file")));
         }
         if matches!(redis.target.address, Address::Cluster(_)) {
             warnings.extend(lies_apart(&tables, &postgres.slot));
@@ -370,7 +397,8 @@ impl Config {
         let place = merged.place("changes.stream");
         if self.lanes().is_none() && hash_tag(stream.key.as_bytes()) != Some(slot.as_bytes()) {
             let remedy = format!("write {{{slot}}} into it, as in \"changes:{{{slot}}}\"");
-            return refuse(
+            return refuse_as(
+                Code::HashSlots,
                 place,
                 format!("{:?} lies in another hash slot than the rows", stream.key.to_string()),
                 remedy,
@@ -382,7 +410,8 @@ impl Config {
     fn documents_share_slot(&self, file: &str) -> Result<(), ConfigError> {
         let mut documents = self.tables.iter().filter(|table| table.format == Format::RedisJson);
         let (Some(slot), Some(table)) = (self.lanes(), documents.next()) else { return Ok(()) };
-        refuse(
+        refuse_as(
+            Code::HashSlots,
             format!("table {:?} in {file}", table.name),
             "on a Redis Cluster, RedisJSON documents are written only where all keys lie in one hash slot",
             format!("begin the key of every table with \"{{{{{slot}}}}}:\", or write format = \"json\""),
@@ -417,9 +446,14 @@ fn read(file: Option<&Path>) -> Result<(String, String, HashMap<String, String>)
     let name = path.display().to_string();
     let text = match std::fs::read(&path).map(String::from_utf8) {
         Ok(Ok(text)) => text,
-        Ok(Err(_)) => return refuse(name, "it is not UTF-8", "save it as UTF-8"),
+        Ok(Err(_)) => return refuse_as(Code::ConfigUnreadable, name, "it is not UTF-8", "save it as UTF-8"),
         Err(error) => {
-            return refuse(name, format!("it cannot be read ({error})"), "correct --config, or the file's permissions");
+            return refuse_as(
+                Code::ConfigUnreadable,
+                name,
+                format!("it cannot be read ({error})"),
+                "correct --config, or the file's permissions",
+            );
         }
     };
     // Not `vars()`, which panics on any variable that is not UTF-8.
@@ -430,7 +464,7 @@ fn read(file: Option<&Path>) -> Result<(String, String, HashMap<String, String>)
                 env.insert(name, value);
             }
             (Ok(name), Err(_)) if is_ours(&name) || name == "PGPASSWORD" || PostgresTarget::reads(&name) => {
-                return refuse(name, "it is not UTF-8", "correct the variable");
+                return refuse_as(Code::ConfigUnreadable, name, "it is not UTF-8", "correct the variable");
             }
             _ => {}
         }
@@ -445,6 +479,7 @@ fn no_file() -> ConfigError {
         [[tables]]\nname = \"categories\"\ntable = \"public.categories\"\nkey = \"cache:category:{id}\"\n\n\
         or name another with --config FILE";
     ConfigError {
+        code: Code::ConfigMissing,
         thing: "no configuration".to_owned(),
         fact: format!("neither {} nor {} exists", DEFAULT_PATHS[0], DEFAULT_PATHS[1]),
         remedy: remedy.to_owned(),
@@ -480,13 +515,23 @@ impl Merged {
         for name in ours.keys() {
             let key = name[ENV_PREFIX.len()..].to_lowercase().replace(ENV_SEPARATOR, ".");
             if key == "tables" || key.starts_with("tables.") {
-                return refuse(name, "tables cannot come from the environment", format!("write [[tables]] in {file}"));
+                return refuse_as(
+                    Code::ConfigUnknownKey,
+                    name,
+                    "tables cannot come from the environment",
+                    format!("write [[tables]] in {file}"),
+                );
             }
             if setting(&key).is_none() {
-                return refuse(name, "no such setting", format!("did you mean {}?", variable_of(nearest(&key))));
+                return refuse_as(
+                    Code::ConfigUnknownKey,
+                    name,
+                    "no such setting",
+                    format!("did you mean {}?", variable_of(nearest(&key))),
+                );
             }
             if let Some(other) = variables.insert(key, name.clone()) {
-                return refuse(name, format!("it is also set as {other}"), "set one of them");
+                return refuse_as(Code::ConfigConflict, name, format!("it is also set as {other}"), "set one of them");
             }
         }
         let environment = config::Environment::with_prefix(ENV_PREFIX.trim_end_matches(ENV_SEPARATOR))
@@ -643,7 +688,7 @@ impl Merged {
     fn postgres(
         &self,
         env: &HashMap<String, String>,
-        warnings: &mut Vec<String>,
+        warnings: &mut Vec<Warning>,
     ) -> Result<PostgresSettings, ConfigError> {
         let password = self.password("postgres.password_file", "postgres.password_command", env)?;
         let target = self.postgres_target("postgres.url", password, env, warnings)?;
@@ -677,11 +722,11 @@ impl Merged {
         key: &str,
         password: Option<Password>,
         env: &HashMap<String, String>,
-        warnings: &mut Vec<String>,
+        warnings: &mut Vec<Warning>,
     ) -> Result<PostgresTarget, ConfigError> {
         let mut target = match PostgresTarget::parse(&self.text(key)?, env) {
             Ok(target) => target,
-            Err(error) => return refuse(self.place(key), error.to_string(), ""),
+            Err(error) => return refuse_as(error.code(), self.place(key), error.to_string(), ""),
         };
         match password {
             Some(Password::Command(_)) if target.password != Password::None => {
@@ -691,7 +736,8 @@ impl Merged {
             None if target.password != Password::None => {}
             None => {
                 let found = pgpass::password(&target, env, warnings);
-                target.password = found.or_else(|error| refuse(self.place(key), error.to_string(), ""))?;
+                target.password = found
+                    .or_else(|error| refuse_as(Code::SecretUnavailable, self.place(key), error.to_string(), ""))?;
             }
         }
         Ok(target)
@@ -704,7 +750,7 @@ impl Merged {
                 let text = error.to_string();
                 // The error names the key; the place does so more precisely.
                 let fact = text.strip_prefix("redis.url").unwrap_or(&text).trim_start_matches([':', ' ']);
-                return refuse(self.place("redis.url"), fact, "");
+                return refuse_as(error.code(), self.place("redis.url"), fact, "");
             }
         };
         match self.password("redis.password_file", "redis.password_command", env)? {
@@ -717,10 +763,20 @@ impl Merged {
         if let Some(command) = self.password_command("redis.sentinel_password_command", env)? {
             let place = self.place("redis.sentinel_password_command");
             let Address::Sentinel(sentinels) = &mut target.address else {
-                return refuse(place, "redis.url names no Sentinels", "remove it, or set redis.password_command");
+                return refuse_as(
+                    Code::ConfigConflict,
+                    place,
+                    "redis.url names no Sentinels",
+                    "remove it, or set redis.password_command",
+                );
             };
             if sentinels.password != Password::None {
-                return refuse(place, "redis.url has sentinel_password, too", "remove one of them");
+                return refuse_as(
+                    Code::ConfigConflict,
+                    place,
+                    "redis.url has sentinel_password, too",
+                    "remove one of them",
+                );
             }
             sentinels.password = Password::Command(command);
         }
@@ -763,13 +819,18 @@ impl Merged {
         }
         if stream.starts_with(key::OWN_PREFIX) {
             let fact = format!("{stream:?} begins with {:?}, which belongs to prefetchd itself", key::OWN_PREFIX);
-            return refuse(place(), fact, "choose another key");
+            return refuse_as(Code::KeyPrefix, place(), fact, "choose another key");
         }
         let is_beside = |literal: &str| !stream.starts_with(literal) && !literal.starts_with(&stream);
         let literals = tables.iter().flat_map(|table| literals(table).into_iter().map(move |(_, l)| (table, l)));
         if let Some((table, literal)) = literals.into_iter().find(|(_, literal)| !is_beside(literal)) {
             let fact = format!("{stream:?} and {literal:?} of table {:?} begin the same way", table.name);
-            return refuse(place(), fact, "choose a key that begins with no table's literal, and begins none");
+            return refuse_as(
+                Code::KeyPrefix,
+                place(),
+                fact,
+                "choose a key that begins with no table's literal, and begins none",
+            );
         }
         Ok(Some(ChangeStream::at(&stream, max_len)))
     }
@@ -806,7 +867,8 @@ impl Merged {
     fn admin_token(&self) -> Result<Option<Secret>, ConfigError> {
         let token = self.secret_file("http.admin_token_file")?;
         if token.as_ref().is_some_and(|token| !token.expose().bytes().all(|b| b.is_ascii_graphic())) {
-            return refuse(
+            return refuse_as(
+                Code::SecretUnavailable,
                 self.place("http.admin_token_file"),
                 format!("the token in {} cannot be sent in a header", self.text("http.admin_token_file")?),
                 "use visible ASCII characters, without spaces",
@@ -815,7 +877,8 @@ impl Merged {
         if let Some(length) = token.as_ref().map(|token| token.expose().len()).filter(|&length| length < SHORTEST_TOKEN)
         {
             let path = self.text("http.admin_token_file")?;
-            return refuse(
+            return refuse_as(
+                Code::SecretUnavailable,
                 self.place("http.admin_token_file"),
                 format!("the token in {path} has only {length} characters, so it could be guessed"),
                 format!("write {SHORTEST_TOKEN} or more, as `openssl rand -hex 24` makes them"),
@@ -854,7 +917,12 @@ impl Merged {
     }
 
     fn two_passwords<T>(&self, command: &str, other: &str) -> Result<T, ConfigError> {
-        refuse(self.place(command), format!("the password is in {other}, too"), "remove one of them")
+        refuse_as(
+            Code::ConfigConflict,
+            self.place(command),
+            format!("the password is in {other}, too"),
+            "remove one of them",
+        )
     }
 
     /// Returns the command that a setting has, if any. Its program must be there at startup; it runs for every connection.
@@ -866,7 +934,12 @@ impl Merged {
         let words = self.words(key)?;
         let path = env.get("PATH").map(String::as_str);
         match words.first().and_then(|program| command::missing(program, path)) {
-            Some(why) => refuse(self.place(key), why, "install it, or correct its path or its permissions"),
+            Some(why) => refuse_as(
+                Code::SecretUnavailable,
+                self.place(key),
+                why,
+                "install it, or correct its path or its permissions",
+            ),
             None => Ok(PasswordCommand::new(key, &words)),
         }
     }
@@ -885,7 +958,9 @@ impl Merged {
         }
         match password::secret_in(Path::new(&path)) {
             Ok(secret) => Ok(Some(Secret(secret))),
-            Err(PasswordError { fact, remedy, .. }) => refuse(self.place(key), format!("{path} {fact}"), remedy),
+            Err(PasswordError { fact, remedy, .. }) => {
+                refuse_as(Code::SecretUnavailable, self.place(key), format!("{path} {fact}"), remedy)
+            }
         }
     }
 
@@ -893,10 +968,18 @@ impl Merged {
         let entries: &[Value] = match self.values.get("tables").map(|tables| &tables.kind) {
             None => &[],
             Some(ValueKind::Array(entries)) => entries,
-            Some(_) => return refuse(format!("tables in {}", self.file), "it is not a list", "write [[tables]]"),
+            Some(_) => {
+                return refuse_as(
+                    Code::ConfigTables,
+                    format!("tables in {}", self.file),
+                    "it is not a list",
+                    "write [[tables]]",
+                );
+            }
         };
         if entries.is_empty() {
-            return refuse(
+            return refuse_as(
+                Code::ConfigTables,
                 &self.file,
                 "it names no table",
                 "add [[tables]] with name = \"categories\", table = \"public.categories\", key = \"cache:category:{id}\"",
@@ -905,10 +988,15 @@ impl Merged {
         let mut tables: Vec<TableSpec> = Vec::with_capacity(entries.len());
         for (index, entry) in entries.iter().enumerate() {
             let ValueKind::Table(values) = &entry.kind else {
-                return refuse(format!("tables in {}", self.file), "an entry is not a table", "write [[tables]]");
+                return refuse_as(
+                    Code::ConfigTables,
+                    format!("tables in {}", self.file),
+                    "an entry is not a table",
+                    "write [[tables]]",
+                );
             };
             let Ok(id) = u16::try_from(index) else {
-                return refuse(&self.file, "it names more than 65,536 tables", "remove some");
+                return refuse_as(Code::ConfigTables, &self.file, "it names more than 65,536 tables", "remove some");
             };
             let entry = Entry { values, number: index + 1, file: &self.file };
             let table = entry.spec(TableId(id), null, cache_ttl_ms)?;
@@ -928,18 +1016,19 @@ fn shares_slot(table: &TableSpec, slot: &str) -> bool {
 
 /// Returns a warning if the rows of all tables of a cluster lie in one hash slot, and a lookup alone has all keys spread over
 /// hash slots.
-fn lies_apart(tables: &[TableSpec], slot: &str) -> Option<String> {
+fn lies_apart(tables: &[TableSpec], slot: &str) -> Option<Warning> {
     if !tables.iter().all(|table| prefix_shares_slot(&table.key.literal, slot)) {
         return None;
     }
     let lookups = tables.iter().flat_map(|table| &table.lookups);
     let apart =
         lookups.map(|lookup| Area::of_lookup(&lookup.key)).find(|area| !prefix_shares_slot(area.prefix(), slot))?;
-    Some(format!(
+    let text = format!(
         "all rows lie in one hash slot of the cluster, and the lookup {:?} does not, so a row and its lookups, and the changes of a \
          transaction, no longer appear at once: begin its key with \"{{{{{slot}}}}}:\", too",
         apart.prefix()
-    ))
+    );
+    Some(Warning { code: Code::HashSlots, text })
 }
 
 fn prefix_shares_slot(prefix: &str, slot: &str) -> bool {
@@ -966,12 +1055,18 @@ impl Entry<'_> {
         for key in self.values.keys() {
             if !TABLE_KEYS.contains(&key.as_str()) {
                 let meant = closest(key, TABLE_KEYS.into_iter());
-                return refuse(self.place(key), "no such setting", format!("did you mean {meant}?"));
+                return refuse_as(
+                    Code::ConfigUnknownKey,
+                    self.place(key),
+                    "no such setting",
+                    format!("did you mean {meant}?"),
+                );
             }
         }
         let name = self.text("name")?;
         if !is_url_name(&name) {
-            return refuse(
+            return refuse_as(
+                Code::ConfigTables,
                 self.place("name"),
                 format!("{name:?} cannot be used in a URL"),
                 "write letters and digits, then also - and .",
@@ -980,7 +1075,8 @@ impl Entry<'_> {
         let table = match qualified_name(&self.text("table")?) {
             Some(table) => table,
             None => {
-                return refuse(
+                return refuse_as(
+                    Code::ConfigTables,
                     self.place("table"),
                     format!("{:?} is not a table name", self.text("table")?),
                     "write schema.table, or 'schema.\"Table\"' to keep capitals, spaces and dots",
@@ -990,22 +1086,27 @@ impl Entry<'_> {
         let template = self.text("key")?;
         let key = match key::parse_template(&template) {
             Ok(key) => key,
-            Err(error) => return refuse(self.place("key"), error.to_string(), ""),
+            Err(error) => return refuse_as(Code::of_template(&error), self.place("key"), error.to_string(), ""),
         };
         let columns = self.columns()?;
         if let Some(missing) = key.columns.iter().find(|c| !columns.is_empty() && !columns.contains(c)) {
-            return refuse(self.place("columns"), format!("it leaves out {missing:?}, which the key needs"), "add it");
+            return refuse_as(
+                Code::ConfigTables,
+                self.place("columns"),
+                format!("it leaves out {missing:?}, which the key needs"),
+                "add it",
+            );
         }
         let rename = self.rename()?;
         for (column, field) in &rename {
             if !columns.is_empty() && !columns.contains(column) {
                 let fact = format!("it names {column:?}, which is not among the columns");
-                return refuse(self.place("rename"), fact, "correct it, or add the column");
+                return refuse_as(Code::ConfigTables, self.place("rename"), fact, "correct it, or add the column");
             }
             let keeps_name = |other: &str| !rename.iter().any(|(renamed, _)| renamed == other);
             if columns.iter().any(|other| other == field && other != column && keeps_name(other)) {
                 let fact = format!("columns {column:?} and {field:?} would both become field {field:?}");
-                return refuse(self.place("rename"), fact, "choose another field");
+                return refuse_as(Code::ConfigTables, self.place("rename"), fact, "choose another field");
             }
         }
         let ttl_ms = match self.optional_text("ttl")? {
@@ -1016,7 +1117,8 @@ impl Entry<'_> {
         let mut spec = TableSpec { id, name, table, key, columns, rename, null, ttl_ms, format, lookups: Vec::new() };
         spec.lookups = self.lookups(&spec)?;
         if spec.format == Format::RedisJson && !spec.lookups.is_empty() {
-            return refuse(
+            return refuse_as(
+                Code::ConfigTables,
                 self.place("lookups"),
                 "rows in the format \"redisjson\" have no lookups",
                 "write \"json\" or \"hash\", or let RediSearch index the documents",
@@ -1042,18 +1144,30 @@ impl Entry<'_> {
         let entries = match self.values.get("lookups").map(|value| &value.kind) {
             None => return Ok(Vec::new()),
             Some(ValueKind::Array(entries)) => entries,
-            Some(_) => return refuse(self.place("lookups"), "it is not a list", "write [[tables.lookups]]"),
+            Some(_) => {
+                return refuse_as(
+                    Code::ConfigTables,
+                    self.place("lookups"),
+                    "it is not a list",
+                    "write [[tables.lookups]]",
+                );
+            }
         };
         let mut lookups: Vec<LookupSpec> = Vec::with_capacity(entries.len());
         for (number, entry) in (1..).zip(entries) {
             let ValueKind::Table(values) = &entry.kind else {
-                return refuse(self.place("lookups"), "an entry is not a table", "write [[tables.lookups]]");
+                return refuse_as(
+                    Code::ConfigTables,
+                    self.place("lookups"),
+                    "an entry is not a table",
+                    "write [[tables.lookups]]",
+                );
             };
             let entry = LookupEntry { table: self, values, number };
             let lookup = entry.spec(table)?;
             if lookups.iter().any(|other| other.name == lookup.name) {
                 let fact = format!("two lookups of this table have the name {:?}", lookup.name);
-                return refuse(entry.place("name"), fact, "rename one");
+                return refuse_as(Code::ConfigTables, entry.place("name"), fact, "rename one");
             }
             lookups.push(lookup);
         }
@@ -1063,11 +1177,16 @@ impl Entry<'_> {
     /// Checks what must differ between two tables.
     fn beside(&self, table: &TableSpec, other: &TableSpec) -> Result<(), ConfigError> {
         if table.name == other.name {
-            return refuse(self.place("name"), format!("two tables have the name {:?}", table.name), "rename one");
+            return refuse_as(
+                Code::ConfigTables,
+                self.place("name"),
+                format!("two tables have the name {:?}", table.name),
+                "rename one",
+            );
         }
         if table.table == other.table {
             let fact = format!("{} is already table {:?}", table.table, other.name);
-            return refuse(self.place("table"), fact, "name each table once");
+            return refuse_as(Code::ConfigTables, self.place("table"), fact, "name each table once");
         }
         for (setting, mine) in literals(table) {
             for (_, theirs) in literals(other) {
@@ -1096,7 +1215,12 @@ impl Entry<'_> {
     fn text(&self, key: &str) -> Result<String, ConfigError> {
         match self.optional_text(key)? {
             Some(text) => Ok(text),
-            None => refuse(self.place(key), "it is missing", "every table needs a name, a table and a key"),
+            None => refuse_as(
+                Code::ConfigTables,
+                self.place(key),
+                "it is missing",
+                "every table needs a name, a table and a key",
+            ),
         }
     }
 
@@ -1105,16 +1229,21 @@ impl Entry<'_> {
         let columns = match self.values.get("columns").map(|value| &value.kind) {
             None => return Ok(Vec::new()),
             Some(ValueKind::Array(columns)) => columns,
-            Some(_) => return refuse(self.place("columns"), "it is not a list", REMEDY),
+            Some(_) => return refuse_as(Code::ConfigTables, self.place("columns"), "it is not a list", REMEDY),
         };
         let mut names: Vec<String> = Vec::with_capacity(columns.len());
         for column in columns {
             match &column.kind {
                 ValueKind::String(name) if names.contains(name) => {
-                    return refuse(self.place("columns"), format!("it names {name:?} twice"), "name each column once");
+                    return refuse_as(
+                        Code::ConfigTables,
+                        self.place("columns"),
+                        format!("it names {name:?} twice"),
+                        "name each column once",
+                    );
                 }
                 ValueKind::String(name) if !name.is_empty() => names.push(name.clone()),
-                _ => return refuse(self.place("columns"), "it must contain names only", REMEDY),
+                _ => return refuse_as(Code::ConfigTables, self.place("columns"), "it must contain names only", REMEDY),
             }
         }
         Ok(names)
@@ -1125,16 +1254,23 @@ impl Entry<'_> {
         let fields = match self.values.get("rename").map(|value| &value.kind) {
             None => return Ok(Vec::new()),
             Some(ValueKind::Table(fields)) => fields,
-            Some(_) => return refuse(self.place("rename"), "it is not a table of names", REMEDY),
+            Some(_) => {
+                return refuse_as(Code::ConfigTables, self.place("rename"), "it is not a table of names", REMEDY);
+            }
         };
         let mut rename: Vec<(String, String)> = Vec::with_capacity(fields.len());
         for (column, field) in fields {
             let ValueKind::String(field) = &field.kind else {
-                return refuse(self.place("rename"), format!("the field of {column:?} is not a string"), REMEDY);
+                return refuse_as(
+                    Code::ConfigTables,
+                    self.place("rename"),
+                    format!("the field of {column:?} is not a string"),
+                    REMEDY,
+                );
             };
             if let Some((other, _)) = rename.iter().find(|(_, name)| name == field) {
                 let fact = format!("columns {other:?} and {column:?} would both become field {field:?}");
-                return refuse(self.place("rename"), fact, "choose another field");
+                return refuse_as(Code::ConfigTables, self.place("rename"), fact, "choose another field");
             }
             rename.push((column.clone(), field.clone()));
         }
@@ -1155,7 +1291,7 @@ fn apart(place: String, mine: &str, theirs: &str, whose: &str) -> Result<(), Con
         return Ok(());
     }
     let fact = format!("{mine:?} and {whose} begin the same way, so their keys could be mixed up");
-    refuse(place, fact, "choose literals of which none begins another")
+    refuse_as(Code::KeyPrefix, place, fact, "choose literals of which none begins another")
 }
 
 /// One `[[tables.lookups]]`.
@@ -1182,30 +1318,42 @@ impl LookupEntry<'_> {
     fn needed(&self, key: &str) -> Result<String, ConfigError> {
         match self.text(key)? {
             Some(text) => Ok(text),
-            None => refuse(self.place(key), "it is missing", "every lookup needs a name and a key"),
+            None => {
+                refuse_as(Code::ConfigTables, self.place(key), "it is missing", "every lookup needs a name and a key")
+            }
         }
     }
 
     fn spec(&self, table: &TableSpec) -> Result<LookupSpec, ConfigError> {
         if let Some(key) = self.values.keys().find(|key| !LOOKUP_KEYS.contains(&key.as_str())) {
             let meant = closest(key, LOOKUP_KEYS.into_iter());
-            return refuse(self.place(key), "no such setting", format!("did you mean {meant}?"));
+            return refuse_as(
+                Code::ConfigUnknownKey,
+                self.place(key),
+                "no such setting",
+                format!("did you mean {meant}?"),
+            );
         }
         let name = self.needed("name")?;
         if !is_url_name(&name) {
             let fact = format!("{name:?} cannot be used in a URL");
-            return refuse(self.place("name"), fact, "write letters and digits, then also - and .");
+            return refuse_as(
+                Code::ConfigTables,
+                self.place("name"),
+                fact,
+                "write letters and digits, then also - and .",
+            );
         }
         let key = match key::parse_lookup(&self.needed("key")?) {
             Ok(key) => key,
-            Err(error) => return refuse(self.place("key"), error.to_string(), ""),
+            Err(error) => return refuse_as(Code::of_template(&error), self.place("key"), error.to_string(), ""),
         };
         let order = self.text("order")?.filter(|order| !order.is_empty());
         let of_key = key.columns.iter().map(|column| ("key", &column.name));
         for (setting, column) in of_key.chain(order.iter().map(|column| ("order", column))) {
             if !table.columns.is_empty() && !table.columns.contains(column) {
                 let fact = format!("it names {column:?}, which is not among the columns");
-                return refuse(self.place(setting), fact, "correct it, or add the column");
+                return refuse_as(Code::ConfigTables, self.place(setting), fact, "correct it, or add the column");
             }
         }
         Ok(LookupSpec { name, key, order })
@@ -1227,7 +1375,7 @@ fn optional_text(
     match values.get(key).map(|value| &value.kind) {
         None => Ok(None),
         Some(ValueKind::String(text)) => Ok(Some(text.clone())),
-        Some(_) => refuse(place(), "it is not a string", "write it in quotes"),
+        Some(_) => refuse_as(Code::ConfigTables, place(), "it is not a string", "write it in quotes"),
     }
 }
 
@@ -1244,12 +1392,18 @@ fn known(file: &str, key: &str, value: &Value) -> Result<(), ConfigError> {
         ValueKind::Table(inner) if SECTIONS.contains(&key) || (!key.contains('.') && !inner.is_empty()) => {
             inner.iter().try_for_each(|(name, value)| known(file, &format!("{key}.{name}"), value))
         }
-        _ if SECTIONS.contains(&key) => refuse(
+        _ if SECTIONS.contains(&key) => refuse_as(
+            Code::ConfigUnknownKey,
             format!("{key} in {file}"),
             "it is a section, not a value",
             format!("write [{key}], and its settings below"),
         ),
-        _ => refuse(format!("{key} in {file}"), "no such setting", format!("did you mean {}?", nearest(key))),
+        _ => refuse_as(
+            Code::ConfigUnknownKey,
+            format!("{key} in {file}"),
+            "no such setting",
+            format!("did you mean {}?", nearest(key)),
+        ),
     }
 }
 
@@ -1355,7 +1509,12 @@ fn malformed<T>(file: &str, error: &config::ConfigError) -> Result<T, ConfigErro
     let lines: Vec<&str> = text.lines().collect();
     let at = lines.first().and_then(|l| l.strip_prefix("TOML parse error at ")).unwrap_or("an unknown place");
     let why = lines.iter().skip(1).filter(|l| !l.contains('|')).copied().collect::<Vec<_>>().join(", ");
-    refuse(file, format!("it is not valid TOML at {at}"), if why.is_empty() { "correct it" } else { &why })
+    refuse_as(
+        Code::ConfigSyntax,
+        file,
+        format!("it is not valid TOML at {at}"),
+        if why.is_empty() { "correct it" } else { &why },
+    )
 }
 
 #[cfg(test)]

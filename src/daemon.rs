@@ -4,6 +4,7 @@ use crate::admin::{ASKED_HELD, Asked};
 use crate::bridge::context::Context;
 use crate::bridge::regenerate::{Regenerated, regenerate};
 use crate::bridge::{BridgeError, supervise};
+use crate::code::Code;
 use crate::config::{Config, Secret};
 use crate::demo;
 use crate::history::{Kind, Totals};
@@ -109,7 +110,7 @@ pub async fn run(
             Err(error) => break Err(error),
         }
     };
-    ctx.set_state(State::Stopping, None);
+    ctx.set_state(State::Stopping, None, None);
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     http_stop.cancel();
     hangups.inspect(|hangups| hangups.abort());
@@ -169,7 +170,8 @@ fn say_reloaded(ctx: &Context, regenerated: &Result<Regenerated, Refused>) {
     match regenerated {
         Err(Refused { reasons }) => {
             let reasons = reasons.join("; ");
-            tracing::error!(reasons, "the configuration was read again and is refused, the old one stays");
+            let code = Code::InvalidConfiguration.as_str();
+            tracing::error!(code, reasons, "the configuration was read again and is refused, the old one stays");
             let text = format!("a new configuration was refused: {reasons}");
             ctx.history.happened(Level::Bad, Kind::Operator, None, text);
         }
@@ -205,7 +207,10 @@ fn serve_with(
 async fn reload_on_hangup(reloads: mpsc::Sender<Wanted>) {
     let mut hangups = match signal(SignalKind::hangup()) {
         Ok(hangups) => hangups,
-        Err(error) => return tracing::warn!(%error, "SIGHUP cannot be received: reload with prefetchd reload"),
+        Err(error) => {
+            let code = Code::Internal.as_str();
+            return tracing::warn!(code, %error, "SIGHUP cannot be received: reload with prefetchd reload");
+        }
     };
     while hangups.recv().await.is_some() {
         // One that waits will read the same.
@@ -235,7 +240,7 @@ async fn keep_history(ctx: Arc<Context>) {
                 "this process did not run for {} s: it was stopped, or its machine had no time for it",
                 stood.as_secs()
             );
-            tracing::warn!("{text}");
+            tracing::warn!(code = Code::StoodStill.as_str(), "{text}");
             history.happened(Level::Warning, Kind::Interrupted, None, text);
         }
         let (hits, misses) = metrics.read_counts().iter().fold((0, 0), |(h, m), of| (h + of.hits, m + of.misses));
@@ -247,7 +252,10 @@ async fn keep_history(ctx: Arc<Context>) {
         if level.replace(verdict.level).is_some_and(|before| before != verdict.level) {
             let level = verdict.level.as_str();
             match verdict.level {
-                Level::Bad => tracing::error!(verdict = level, "{}", verdict.text),
+                Level::Bad => {
+                    let code = verdict.code.unwrap_or(Code::NotReady).as_str();
+                    tracing::error!(code, verdict = level, "{}", verdict.text);
+                }
                 Level::Good | Level::Warning => tracing::info!(verdict = level, "{}", verdict.text),
             }
         }
@@ -269,7 +277,7 @@ fn admin_token(configured: Option<&Secret>, listen: SocketAddr) -> (AdminToken, 
                 "administration is refused, since there is no token for it: http.admin_token_file is not set, and none \
                  could be made ({why}): set it, or RUNTIME_DIRECTORY to a directory of prefetchd's own"
             );
-            tracing::warn!("{text}");
+            tracing::warn!(code = Code::AdminToken.as_str(), "{text}");
             (AdminToken::None(text.into()), None)
         }
     }

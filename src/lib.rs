@@ -64,6 +64,7 @@ pub mod admin;
 mod bounded;
 pub mod bridge;
 pub mod cli;
+pub mod code;
 pub mod config;
 pub mod daemon;
 pub mod demo;

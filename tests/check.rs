@@ -4,6 +4,7 @@ use crate::harness::{Daemon, Feature, Postgres, Redis, Settings, eventually, psq
 use nix::sys::signal::Signal;
 use nix::unistd::geteuid;
 use prefetchd::cli::servers::{postgres_password, redis_password};
+use prefetchd::code::Code;
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
@@ -31,6 +32,15 @@ async fn check_as(args: &[&str], title: &str, settings: &Settings, code: i32) ->
     };
     assert!(last.starts_with(begins), "{title}: {}", ran.stdout);
     assert_eq!(ran.stdout.lines().any(|line| line.starts_with("fail")), code != 0, "{title}: {}", ran.stdout);
+    let problems = ran.stdout.lines().filter(|line| line.starts_with("fail") || line.starts_with("warn"));
+    let mut any = false;
+    for line in problems {
+        let code = line.rsplit_once("  #").and_then(|(_, code)| Code::of(code));
+        assert!(code.is_some(), "{title}: a line without a code: {line}");
+        any = true;
+    }
+    let legend = "each #code is a section of /usr/share/doc/prefetchd/docs/errors.md";
+    assert_eq!(ran.stderr.contains(legend), any, "{title}: {}", ran.stderr);
     ran.stdout
 }
 
@@ -308,8 +318,12 @@ async fn settings_of_the_server_that_do_not_do_are_failures() {
     let postgres = Postgres::own(&names);
     let settings = Settings::new(&postgres, &redis).set("postgres.create", "false").set("postgres.failover", "true");
     let output = check("a server for nothing of this", &settings, 78).await;
-    has_line(&output, "fail", &["wal_level = replica", "ALTER SYSTEM SET wal_level = logical"]);
-    has_line(&output, "fail", &["synchronous_standby_names = \"*\"", "name your standbys there"]);
+    has_line(&output, "fail", &["wal_level = replica", "ALTER SYSTEM SET wal_level = logical", "  #wal-level"]);
+    has_line(
+        &output,
+        "fail",
+        &["synchronous_standby_names = \"*\"", "name your standbys there", "  #synchronous-standby"],
+    );
     has_line(&output, "fail", &["slot slot_shop: missing", "SELECT pg_create_logical_replication_slot('slot_shop'"]);
     let other = Settings::new(&postgres, &redis).set("postgres.create", "false").text("postgres.publication", "other");
     fails("no such publication", &other, &["publication other: missing", "CREATE PUBLICATION other"]).await;

@@ -229,3 +229,35 @@ async fn a_wrong_command_line_is_2() {
         assert!(ran.code == Some(0) && !ran.stdout.is_empty(), "{args:?}: {ran:?}");
     }
 }
+
+#[tokio::test]
+async fn what_a_failed_command_says_can_be_looked_up() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let settings = Settings::new(&postgres, &redis).text("http.listen", "127.0.0.1:1");
+    for (args, code) in [
+        (&["status"][..], "daemon-unreachable"),
+        (&["pause"], "daemon-unreachable"),
+        (&["init", "--postgres", "x", "--redis", "y"], "init-tables"),
+    ] {
+        let ran = run_program(&settings, args).await;
+        assert!(ran.stderr.ends_with(&format!("\n  more: prefetchd explain {code}\n")), "{args:?}: {ran:?}");
+        let explained = run_program(&settings, &["explain", code]).await;
+        assert!(explained.code == Some(0) && explained.stdout.starts_with(&format!("## {code}\n")), "{explained:?}");
+        assert!(explained.stdout.contains("**Remedy.**"), "{explained:?}");
+    }
+    let all = run_program(&settings, &["explain"]).await;
+    assert!(all.code == Some(0) && all.stdout.lines().any(|line| line == "wal-level"), "{all:?}");
+    let unknown = run_program(&settings, &["explain", "wal_levl"]).await;
+    assert!(unknown.code == Some(2) && unknown.stderr.contains("did you mean wal-level?"), "{unknown:?}");
+    let invalid = run_program(&settings.set("cache.ttl", "5"), &["check"]).await;
+    assert!(invalid.code == Some(78) && invalid.stdout.ends_with("  #config-value\n"), "{invalid:?}");
+}
+
+/// What the daemon refuses has the code of its answer.
+#[tokio::test]
+async fn a_refused_operation_can_be_looked_up() {
+    let (_postgres, _redis, settings, daemon) = daemon_with_settings().await;
+    let url = format!("http://{}", daemon.address());
+    let ran = run_program(&settings, &["skip", "0/1", "--url", &url]).await;
+    assert!(ran.code == Some(1) && ran.stderr.contains("more: prefetchd explain nothing_to_skip"), "{ran:?}");
+}

@@ -279,6 +279,7 @@ fn the_image_runs_as_nobody_in_particular() {
     for needed in ["src", "Cargo.lock", "migrations", "config"] {
         assert!(!ignored.lines().any(|line| line.trim_matches(['/', '*']) == needed), "{needed}");
     }
+    assert!(ignored.lines().any(|line| line == "!docs/errors.md"), "{ignored}");
 }
 
 // ------------------------------------------------------------------------------------------------ Prometheus

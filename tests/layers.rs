@@ -9,6 +9,7 @@ const EVERYTHING: &str = "";
 /// A module, and what it may import besides itself. Everything that matches a file counts.
 const IMPORTS: &[(&str, &[&str])] = &[
     ("bounded", &[]),
+    ("code", &["plan::key", "plan::mapping"]),
     ("demo", &[]),
     ("error", &[]),
     ("nodes", &["lanes"]),
@@ -25,6 +26,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
         "source",
         &[
             "bounded",
+            "code",
             "error",
             "fingerprint",
             "format",
@@ -45,6 +47,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
         "sink",
         &[
             "bounded",
+            "code",
             "error",
             "password",
             "remedy",
@@ -64,12 +67,13 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ),
     // What others may see of the daemon.
     ("admin", &[]),
-    ("status", &["admin", "lsn", "schema", "checkpoint", "command::Op", "lanes", "nodes", "words"]),
+    ("status", &["admin", "code", "lsn", "schema", "checkpoint", "command::Op", "lanes", "nodes", "words"]),
     ("history", &["status", "words"]),
     ("metrics", &["command::Op", "nodes", "reason", "schema", "status"]),
     (
         "config",
         &[
+            "code",
             "format",
             "lanes",
             "password",
@@ -91,6 +95,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
         &[
             "admin",
             "checkpoint",
+            "code",
             "command",
             "demo",
             "history",
@@ -119,6 +124,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "admin",
             "change",
             "checkpoint",
+            "code",
             "command",
             "config",
             "error",
@@ -153,6 +159,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
         &[
             "admin",
             "bridge",
+            "code",
             "config",
             "demo",
             "history",

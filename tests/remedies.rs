@@ -2,6 +2,7 @@
 
 use crate::harness::{Daemon, Postgres, Ran, Redis, Settings, psql, run_program};
 use prefetchd::cli::servers::{callable, postgres_password, redis_password};
+use prefetchd::code::Code;
 use prefetchd::remedy::Sql;
 use std::process::Command;
 
@@ -224,7 +225,8 @@ async fn a_command_for_redis_can_be_pasted() {
     let checked = run_program(&settings, &["check"]).await;
     assert_eq!(checked.code, Some(78), "{checked:?}");
     let (_, command) = checked.stdout.split_once("ACL SETUSER").unwrap_or_else(|| panic!("{checked:?}"));
-    let command = format!("ACL SETUSER{}\n", command.lines().next().unwrap());
+    let (command, _) = command.split_once("  #redis-acl\n").unwrap();
+    let command = format!("ACL SETUSER{command}\n");
     let mut cli = Command::new(callable(&["redis-cli", "valkey-cli"]))
         .args(["-p", &scene.redis.port().to_string()])
         .env("REDISCLI_AUTH", redis_password())
@@ -236,4 +238,52 @@ async fn a_command_for_redis_can_be_pasted() {
     let said = String::from_utf8(cli.wait_with_output().unwrap().stdout).unwrap();
     assert_eq!(said.trim(), "OK", "{command}");
     assert_eq!(run_program(&settings, &["check"]).await.code, Some(0), "{command}");
+}
+
+/// Those of the sections that `check` and the log lead to.
+#[test]
+fn the_statements_of_the_documented_errors_run() {
+    let postgres = Postgres::own(&[]);
+    let url = postgres.url("postgres");
+    let version: u32 = psql(&url, "SHOW server_version_num").parse().unwrap();
+    let mut ran = 0;
+    for code in Code::ALL {
+        let section = code.section().unwrap();
+        let blocks = section.split("```sql\n").skip(1).map(|block| block.split("```").next().unwrap());
+        for sql in blocks {
+            // What each of them may take for granted, and nothing that it makes.
+            let mut before = "DROP PUBLICATION IF EXISTS prefetchd; DROP TABLE IF EXISTS products;
+                SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots;
+                CREATE TABLE products (id int NOT NULL);"
+                .to_owned();
+            for role in ["prefetchd", "cache_reader"] {
+                let drop = format!("DROP OWNED BY {role}; DROP ROLE {role}");
+                before += &format!(
+                    "DO $$ BEGIN IF EXISTS (SELECT FROM pg_roles WHERE rolname = '{role}') THEN {drop}; END IF; END $$;"
+                );
+                if !sql.contains(&format!("CREATE ROLE {role}")) {
+                    before += &format!("CREATE ROLE {role};");
+                }
+            }
+            if !sql.contains("CREATE PUBLICATION") {
+                before += "CREATE PUBLICATION prefetchd;";
+            }
+            psql(&url, &before);
+            if sql.contains("pg_drop_replication_slot") {
+                psql(&url, "SELECT pg_create_logical_replication_slot('prefetchd', 'pgoutput')");
+            }
+            let runs = |line: &&str| match line.split_once("-- ") {
+                Some((_, "to 16")) => version < 170_000,
+                Some((_, "from 17")) => version >= 170_000,
+                _ => !line.contains("publish_generated_columns") || version >= 180_000,
+            };
+            let kept = sql.lines().filter(runs).map(|line| line.split("-- ").next().unwrap_or_default());
+            // As psql sends them: some cannot run in a transaction.
+            for statement in kept.collect::<Vec<_>>().join("\n").split_inclusive(';').filter(|one| one.trim() != "") {
+                psql(&url, statement);
+            }
+            ran += 1;
+        }
+    }
+    assert!(ran > 30, "{ran}");
 }

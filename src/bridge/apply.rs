@@ -12,6 +12,7 @@ use super::observers::{Observers, Surroundings};
 use super::sampler::SAMPLE_INTERVAL;
 use super::writing::{Answered, WriterDone, Writing};
 use crate::admin::{Answer, Asked, Operation, Refusal};
+use crate::code::Code;
 use crate::lsn::{AppliedLsn, EndLsn};
 use crate::nodes::Nodes;
 use crate::progress::visibility::Snapshot;
@@ -219,7 +220,7 @@ impl Work<'_> {
                 }
                 Effect::WentBack { because } => {
                     self.ctx.remember(|memory| memory.went_back = Some(because.clone()));
-                    return Err(BridgeError::Reload(because));
+                    return Err(BridgeError::Reload(Code::LoadsAgain, because));
                 }
             }
         }
@@ -295,7 +296,7 @@ impl Work<'_> {
             Operation::Skip(at) if self.ctx.memory().stuck_at() == Some(at) => {
                 // The caller may be gone.
                 let _ = answer.send(self.ctx.skip(at));
-                return Err(BridgeError::Waiting(format!("the change at {at} is skipped")));
+                return Err(BridgeError::Waiting(Code::StreamStuck, format!("the change at {at} is skipped")));
             }
             _ => {}
         }
@@ -393,7 +394,7 @@ impl Work<'_> {
 
     fn stop(&mut self) -> Result<(), BridgeError> {
         if self.ctx.is_stopping() {
-            self.ctx.set_state(State::Stopping, None);
+            self.ctx.set_state(State::Stopping, None, None);
         }
         self.machine.drain();
         self.drain_until = Some(Instant::now() + self.ctx.timing.drain);

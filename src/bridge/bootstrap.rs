@@ -10,6 +10,7 @@ use super::prerequisites::{self, Described, Published};
 use super::room;
 use super::standby::{self, Waited};
 use crate::checkpoint::{Checkpoint, SlotState};
+use crate::code::Code;
 use crate::command::{DeadKey, Key};
 use crate::lanes::Lost;
 use crate::lanes::book::{Judged, Places};
@@ -121,7 +122,9 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
             prerequisites::require_create(ctx, &because.text)?;
             tracing::info!(slot = ctx.config.postgres.slot, %because, "making the replication slot");
         }
-        ResumeDecision::Deliver { because, .. } => tracing::warn!(%because, "loading every table again"),
+        ResumeDecision::Deliver { because, .. } => {
+            tracing::warn!(code = Code::LoadsAgain.as_str(), %because, "loading every table again");
+        }
         ResumeDecision::Refuse { .. } | ResumeDecision::Stream { .. } => {}
     }
     let made = published.created.then_some(ctx.config.postgres.publication.as_str());
@@ -133,7 +136,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         evicted: redis.writer.server().evicted_keys,
     };
     if let Some(Lost { because, .. }) = lost {
-        tracing::warn!(because, "loading what lies in these hash slots again");
+        tracing::warn!(code = Code::LoadsAgain.as_str(), because, "loading what lies in these hash slots again");
     }
     let (startup, request) = Startup::begin(&takeover, decision).map_err(BridgeError::Refused)?;
     let Redis { mut writer, syncer, armed, .. } = redis;
@@ -209,6 +212,7 @@ impl Postgres {
         };
         if replication.server_started() != client.server_started {
             return Err(BridgeError::Waiting(
+                Code::PostgresRestarted,
                 "postgres.url leads to two servers in turn, or postgres has restarted".to_owned(),
             ));
         }
@@ -297,7 +301,8 @@ impl Redis {
         let found = armed.checkpoint.take().and_then(|stored| match Checkpoint::read(&stored.head, &stored.entries) {
             Ok(checkpoint) => Some(checkpoint),
             Err(error) => {
-                tracing::warn!(%error, "the checkpoint in redis cannot be read, treated as lost");
+                let code = Code::CheckpointUnreadable.as_str();
+                tracing::warn!(code, %error, "the checkpoint in redis cannot be read, treated as lost");
                 None
             }
         });
@@ -305,10 +310,11 @@ impl Redis {
         let templates = marks.flat_map(|mark| mark.lookups.iter().chain([&mark.template]));
         let known = templates.chain(found.iter().flat_map(|found| &found.retired));
         if let Some(template) = config.out_of_reach(known) {
-            return Err(BridgeError::Setup(format!(
+            let text = format!(
                 "redis holds keys of an earlier configuration, {template:?}, in other hash slots than that of the present \
                  ones: run prefetchd teardown --keys with the earlier configuration first"
-            )));
+            );
+            return Err(BridgeError::Setup(Code::EarlierConfiguration, text));
         }
         Ok(Redis { writer, syncer, armed, found })
     }
@@ -452,7 +458,7 @@ impl Servers<'_> {
                     let list = blockers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
                     let waiting = format!("slot creation waits for running transactions to end: {list}");
                     if waiting != said {
-                        ctx.set_state(State::Connecting, Some(waiting.clone()));
+                        ctx.set_state(State::Connecting, Some(Code::SlotWaits), Some(waiting.clone()));
                         said = waiting;
                     }
                 }
@@ -485,7 +491,7 @@ impl Servers<'_> {
 
 async fn waits_for_visibility(ctx: &Context) {
     let waiting = "waits until what committed before the slot was made is visible (synchronous replication?)";
-    ctx.set_state(State::Connecting, Some(waiting.to_owned()));
+    ctx.set_state(State::Connecting, Some(Code::SlotWaits), Some(waiting.to_owned()));
     tokio::time::sleep(VISIBILITY_INTERVAL).await;
 }
 

@@ -8,6 +8,7 @@ use super::BridgeError;
 use super::connections::Connections;
 use super::context::Said;
 use super::load::{KnownTables, look_up};
+use crate::code::Code;
 use crate::loader::LookedUp;
 use crate::loader::range::Sizes;
 use crate::remedy::Sql;
@@ -101,7 +102,7 @@ async fn look(
     match slot::publication(&client.client, name).await? {
         Some(found) => {
             // Something has been left out already, and it is not known what.
-            publishes_everything(&found).map_err(|error| BridgeError::Reload(error.to_string()))?;
+            publishes_everything(&found).map_err(|error| BridgeError::Reload(error.code(), error.to_string()))?;
             let missing: Vec<_> = specs.iter().filter(|spec| !found.covers(&spec.table)).collect();
             if let Publishing::Ours(_, owner) = publication
                 && !missing.is_empty()
@@ -169,9 +170,7 @@ pub fn publishes_everything(publication: &Publication) -> Result<(), BridgeError
     if lacking.is_empty() {
         return Ok(());
     }
-    Err(BridgeError::Setup(format!(
-        "publication {name} does not publish {}: {}",
-        lacking.join(", "),
-        Sql::PublishEverything { publication: name }
-    )))
+    let (lacking, remedy) = (lacking.join(", "), Sql::PublishEverything { publication: name });
+    let text = format!("publication {name} does not publish {lacking}: {remedy}");
+    Err(BridgeError::Setup(Code::PublicationOperations, text))
 }

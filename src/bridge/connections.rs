@@ -6,6 +6,7 @@
 //! or reads rows from a different server than the stream's.
 
 use super::BridgeError;
+use crate::code::Code;
 use crate::error::{Backoff, Disposition};
 use crate::source::SourceError;
 use crate::source::connect::{self, Endpoint, PostgresClient};
@@ -88,7 +89,7 @@ impl Connections {
         tokio::time::timeout(patience, self.take()).await.unwrap_or_else(|_| {
             let why = self.held().trouble.as_ref().map_or_else(String::new, |trouble| format!(" ({})", trouble.text));
             let fact = format!("no connection to postgres was free for {} s{why}", patience.as_secs());
-            Err(SourceError::unsuitable(fact, "ask again once one can be made").into())
+            Err(SourceError::unsuitable(Code::PostgresConnections, fact, "ask again once one can be made").into())
         })
     }
 
@@ -124,7 +125,7 @@ impl Connections {
                 }
                 Ok(_) => {
                     let text = "postgres has restarted, or another server has taken its place";
-                    return Err(BridgeError::Waiting(text.to_owned()));
+                    return Err(BridgeError::Waiting(Code::PostgresRestarted, text.to_owned()));
                 }
                 // It accepts no connections any more and waits for the stream to end, and without samples nothing is
                 // confirmed to it.
@@ -195,7 +196,8 @@ impl Connections {
         (trouble.text, trouble.limit) = (of_a_connection(error), reached);
         // A temporary problem appears in the status if it lasts.
         if error.disposition() == Disposition::Stop && held.may_warn() {
-            tracing::warn!(%error, "no further connection to postgres can be made, trying again; the stream goes on");
+            let code = error.code().as_str();
+            tracing::warn!(code, %error, "no further connection to postgres can be made, trying again; the stream goes on");
         } else {
             tracing::debug!(%error, "a connection to postgres failed, trying again");
         }
@@ -211,7 +213,8 @@ impl Connections {
         let Some(trouble) = held.trouble.as_mut() else { return };
         (trouble.text, trouble.limit) = (of_a_connection(limit), Reached::Explained);
         if held.may_warn() {
-            tracing::warn!("no further connection to postgres can be made, the stream goes on: {limit}");
+            let code = Code::PostgresConnections.as_str();
+            tracing::warn!(code, "no further connection to postgres can be made, the stream goes on: {limit}");
         }
     }
 

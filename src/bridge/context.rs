@@ -8,6 +8,7 @@ use super::load::KnownTables;
 use super::load_rate::LoadRate;
 use super::room::size;
 use crate::admin::{Answer, Refusal};
+use crate::code::Code;
 use crate::config::{Config, Create};
 use crate::history::{History, Kind};
 use crate::lsn::{EndLsn, Lsn};
@@ -82,7 +83,7 @@ impl Said {
     /// Warns of rows of this table that are not cached, once for each table.
     pub fn left_out(&self, table: &str, warning: &str) {
         if self.for_the_first_time(&format!("left out of {table}")) {
-            tracing::warn!(table, "{warning}");
+            tracing::warn!(code = Code::TableHeirs.as_str(), table, "{warning}");
         }
     }
 }
@@ -217,8 +218,8 @@ impl Context {
         self.status.send_modify(|status| change(Arc::make_mut(status)));
     }
 
-    /// Logs a change of state, and nothing if it stays the same.
-    pub fn set_state(&self, state: State, waiting_for: Option<String>) {
+    /// Logs a change of state, and nothing if it stays the same. `code`: of the problem that it waits for the end of.
+    pub fn set_state(&self, state: State, code: Option<Code>, waiting_for: Option<String>) {
         let (before, waited_for) = {
             let status = self.status.borrow();
             (status.state, status.waiting_for.clone())
@@ -228,7 +229,7 @@ impl Context {
         }
         match &waiting_for {
             Some(what) if state == State::Stalled => {
-                tracing::warn!(state = state.as_str(), waiting_for = what, "stalled")
+                tracing::warn!(code = code.map(Code::as_str), state = state.as_str(), waiting_for = what, "stalled")
             }
             Some(what) => tracing::info!(state = state.as_str(), waiting_for = what, "waiting"),
             None if before != state => tracing::info!(state = state.as_str(), "state changed"),
@@ -237,8 +238,7 @@ impl Context {
         self.tells_of(state, before, waiting_for.as_deref());
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(waiting_for.as_deref().unwrap_or(state.as_str()))]);
         self.update(|status| {
-            status.state = state;
-            status.waiting_for = waiting_for;
+            (status.state, status.waiting_for, status.waiting_code) = (state, waiting_for, code);
         });
     }
 
@@ -330,7 +330,7 @@ impl Context {
             "slot {slot} keeps {kept} of WAL, more than half of max_slot_wal_keep_size = {limit}: beyond that postgres gives \
              the slot up, and every table is loaded again. Find out what prefetchd waits for, or raise the limit"
         );
-        tracing::warn!(retained_bytes, "{text}");
+        tracing::warn!(code = Code::SlotNearLimit.as_str(), retained_bytes, "{text}");
         self.history.happened(Level::Bad, Kind::Slot, None, text);
     }
 
@@ -353,7 +353,7 @@ impl Context {
     pub fn plan_for(&self, server: &ServerInfo) -> Limits {
         let (limits, said) = self.remember(|memory| memory.capacity.limits(server, Instant::now()));
         if let Some(text) = said {
-            tracing::warn!("{text}");
+            tracing::warn!(code = Code::RedisLimits.as_str(), "{text}");
         }
         limits
     }

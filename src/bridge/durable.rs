@@ -4,6 +4,7 @@
 
 use super::BridgeError;
 use crate::checkpoint::Checkpoint;
+use crate::code::Code;
 use crate::lsn::{AppliedLsn, EndLsn};
 use crate::sink::any_syncer::AnySyncer;
 use crate::sink::durability::{Synced, Syncer};
@@ -39,7 +40,7 @@ pub async fn run(
             AnySyncer::Lanes(syncer) => match syncer.sync().await? {
                 Reached::Everything => Durable::Safe(AppliedLsn(asked)),
                 Reached::NotYet(why) => Durable::NotYet(why),
-                Reached::Replaced(why) => return Err(BridgeError::Reload(why)),
+                Reached::Replaced(why) => return Err(BridgeError::Reload(Code::CheckpointChanged, why)),
             },
         };
         if let Durable::Safe(AppliedLsn(lsn)) = answer {
@@ -57,7 +58,10 @@ async fn on_one(syncer: &mut Syncer, epoch: u64) -> Result<Durable, BridgeError>
     match syncer.sync().await? {
         Synced::Safe(checkpoint) => match Checkpoint::head(&checkpoint) {
             Ok(found) if found.epoch == epoch => Ok(Durable::Safe(AppliedLsn(found.lsn))),
-            Ok(_) | Err(_) => Err(BridgeError::Reload("another checkpoint lies in redis".to_owned())),
+            Ok(_) | Err(_) => {
+                let text = "another checkpoint lies in redis";
+                Err(BridgeError::Reload(Code::CheckpointChanged, text.to_owned()))
+            }
         },
         Synced::NotYet(why) => Ok(Durable::NotYet(why)),
     }

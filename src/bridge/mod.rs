@@ -31,6 +31,7 @@ pub mod supervise;
 pub mod walk;
 mod writing;
 
+use crate::code::Code;
 use crate::error::Disposition;
 use crate::sink::SinkError;
 use crate::source::SourceError;
@@ -44,14 +45,14 @@ pub enum BridgeError {
     #[error("redis: {0}")]
     Sink(#[from] SinkError),
     /// A setting does not match the servers.
-    #[error("{0}")]
-    Setup(String),
+    #[error("{1}")]
+    Setup(Code, String),
     /// A different Postgres than the checkpoint's.
     #[error("{0}")]
     Refused(String),
     /// Redis or Postgres is not in the state in which we left it.
-    #[error("{0}")]
-    Reload(String),
+    #[error("{1}")]
+    Reload(Code, String),
     #[error("{0}")]
     NoRoom(String),
     #[error("redis has not answered for {} s", .0.as_secs())]
@@ -60,8 +61,8 @@ pub enum BridgeError {
     PostgresSilent(Duration),
     #[error("the replication stream ended")]
     StreamEnded,
-    #[error("{0}")]
-    Waiting(String),
+    #[error("{1}")]
+    Waiting(Code, String),
     #[error("the session has ended")]
     SessionOver,
     /// What had been received when the daemon was stopped.
@@ -74,18 +75,34 @@ pub enum BridgeError {
 }
 
 impl BridgeError {
+    pub fn code(&self) -> Code {
+        match self {
+            BridgeError::Source(error) => error.code(),
+            BridgeError::Sink(error) => error.code(),
+            BridgeError::Setup(code, _) | BridgeError::Reload(code, _) | BridgeError::Waiting(code, _) => *code,
+            BridgeError::Refused(_) => Code::OtherPostgres,
+            BridgeError::NoRoom(_) => Code::RedisTooSmall,
+            BridgeError::RedisSilent(_) => Code::RedisUnreachable,
+            BridgeError::PostgresSilent(_) => Code::PostgresUnreachable,
+            BridgeError::StreamEnded | BridgeError::SessionOver => Code::PostgresConnectionLost,
+            BridgeError::NotDrained(_) => Code::NotDrained,
+            BridgeError::Listen { .. } => Code::ListenAddress,
+            BridgeError::Internal(_) => Code::Internal,
+        }
+    }
+
     pub fn disposition(&self) -> Disposition {
         match self {
             BridgeError::Source(error) => error.disposition(),
             BridgeError::Sink(error) => error.disposition(),
-            BridgeError::Setup(_) | BridgeError::Refused(_) => Disposition::Stop,
-            BridgeError::Reload(_) => Disposition::Reload,
+            BridgeError::Setup(..) | BridgeError::Refused(_) => Disposition::Stop,
+            BridgeError::Reload(..) => Disposition::Reload,
             // Somebody may raise maxmemory at any time, or rows may be deleted.
             BridgeError::NoRoom(_)
             | BridgeError::RedisSilent(_)
             | BridgeError::PostgresSilent(_)
             | BridgeError::StreamEnded
-            | BridgeError::Waiting(_)
+            | BridgeError::Waiting(..)
             | BridgeError::SessionOver
             | BridgeError::NotDrained(_)
             | BridgeError::Listen { .. }

@@ -7,6 +7,7 @@
 use super::context::Context;
 use crate::admin::{DriftKind, Tally};
 use crate::checkpoint::{Blocked, TableState};
+use crate::code::Code;
 use crate::command::{Key, Op};
 use crate::history::{Kind, Load};
 use crate::lsn::EndLsn;
@@ -170,6 +171,7 @@ impl<'a> Observers<'a> {
         self.begun.push((*table, doing, because.to_string()));
         if because.heals == Some(Heal::Evicted) {
             tracing::warn!(
+                code = Code::RedisEvicts.as_str(),
                 table = name,
                 "redis evicts keys, and rows of {name} with them: CONFIG SET maxmemory-policy noeviction, and give it more \
                  memory"
@@ -240,7 +242,8 @@ impl<'a> Observers<'a> {
         // Drift that was not made on purpose deserves a warning.
         let verifies = what != Heavy::Refetch;
         if tally.drift() > 0 && verifies {
-            tracing::warn!(table = name, rows, missing, stale, orphaned, lookups, repaired, "{text}");
+            let code = Code::Drift.as_str();
+            tracing::warn!(code, table = name, rows, missing, stale, orphaned, lookups, repaired, "{text}");
             self.ctx.history.happened(Level::Warning, Kind::Drift, Some(name), &*text);
         } else {
             tracing::info!(table = name, rows, missing, stale, orphaned, lookups, repaired, "{text}");
@@ -268,7 +271,8 @@ impl<'a> Observers<'a> {
         let name = self.name(table);
         let is_news = self.ctx.table(table).not_compared.as_ref() != Some(&why);
         if is_news {
-            tracing::warn!(table = name, why, "{what} of {name} was given up, the table stays as it is");
+            let code = Code::NotCompared.as_str();
+            tracing::warn!(code, table = name, why, "{what} of {name} was given up, the table stays as it is");
             let text = format!("{what} of {name} was given up, the table stays as it is: {why}");
             self.ctx.history.happened(Level::Warning, Kind::NotCompared, Some(name), text);
         } else {
@@ -303,7 +307,8 @@ impl<'a> Observers<'a> {
         self.ctx.metrics.healed(Heal::Schema);
         let table = self.name(table);
         self.ctx.history.happened(Level::Bad, Kind::Blocked, Some(table), format!("{table} cannot be followed: {why}"));
-        tracing::error!(table, %why, "table cannot be followed until this is mended; the others go on");
+        let code = Code::Blocked.as_str();
+        tracing::error!(code, table, %why, "table cannot be followed until this is mended; the others go on");
     }
 
     /// A batch was acknowledged.
@@ -371,15 +376,15 @@ impl<'a> Observers<'a> {
     /// Called after every batch: it wakes what waits for a position.
     pub fn positions(&mut self, machine: &Machine, observed: Observed, surroundings: Surroundings) {
         let Surroundings { stalled, not_durable, beside_stream, last_contact } = surroundings;
-        let (state, waiting_for) = match state_of(&observed) {
-            _ if self.ctx.is_stopping() => (State::Stopping, None),
-            _ if stalled.is_some() => (State::Stalled, stalled),
-            _ if not_durable.is_some() => (State::Stalled, not_durable),
+        let (state, code, waiting_for) = match state_of(&observed) {
+            _ if self.ctx.is_stopping() => (State::Stopping, None, None),
+            _ if stalled.is_some() => (State::Stalled, Some(Code::RedisUnreachable), stalled),
+            _ if not_durable.is_some() => (State::Stalled, Some(Code::RedisDurability), not_durable),
             // The stream continues, and something beside it waits.
-            state => (state, beside_stream.clone()),
+            state => (state, None, beside_stream.clone()),
         };
         // Before the tables: a client that learns that all are loaded must not find the state still `loading`.
-        self.ctx.set_state(state, waiting_for);
+        self.ctx.set_state(state, code, waiting_for);
         self.ctx.sightings.wrote((observed.epoch, observed.seq));
         let verified_ms = machine.verified_ms();
         self.change(move |status| {
@@ -455,6 +460,7 @@ fn warn_of_dead_letters(ctx: &Context, applied: &Applied) {
         let text = format!("{} of {table} cannot be in redis ({reason})", counted(rows, "row"));
         ctx.history.happened(Level::Bad, Kind::DeadLetter, Some(table), text);
         tracing::error!(
+            code = Code::DeadLetter.as_str(),
             table,
             reason,
             rows,

@@ -9,6 +9,7 @@ use super::catalog;
 use super::context::Context;
 use super::lookup_columns;
 use crate::checkpoint::Checkpoint;
+use crate::code::Code;
 use crate::config::Create;
 use crate::loader::range::Sizes;
 use crate::plan::mapping::{self, Mapping};
@@ -38,28 +39,28 @@ pub struct Published {
 }
 
 pub fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), BridgeError> {
-    let setup = |message: String| Err(BridgeError::Setup(message));
+    let setup = |code: Code, message: String| Err(BridgeError::Setup(code, message));
     if facts.version_num < OLDEST_POSTGRES {
-        return setup(format!("postgres {} is too old: prefetchd needs 14 or newer", facts.version_num / 10_000));
+        let text = format!("postgres {} is too old: prefetchd needs 14 or newer", facts.version_num / 10_000);
+        return setup(Code::PostgresVersion, text);
     }
     if facts.in_recovery {
         return Err(BridgeError::Waiting(
+            Code::PostgresStandby,
             "postgres is a standby in recovery; prefetchd follows the primary".to_owned(),
         ));
     }
     if !facts.can_decode() {
-        return setup(format!(
-            "postgres has wal_level = {}: {} then restart postgres",
-            facts.wal_level,
-            Sql::WalLevelLogical
-        ));
+        let (level, remedy) = (&facts.wal_level, Sql::WalLevelLogical);
+        return setup(Code::WalLevel, format!("postgres has wal_level = {level}: {remedy} then restart postgres"));
     }
     if facts.names_as_synchronous_standby(application_name) {
-        return setup(format!(
+        let text = format!(
             "synchronous_standby_names would make prefetchd a synchronous standby, and commits would wait for it: \
              name your standbys there instead of '*' (it is {:?})",
             facts.synchronous_standby_names
-        ));
+        );
+        return setup(Code::SynchronousStandby, text);
     }
     Ok(())
 }
@@ -69,7 +70,7 @@ pub fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), B
 pub async fn describe(ctx: &Context, client: &PostgresClient) -> Result<Described, BridgeError> {
     let stops_that_table_alone = |error: &BridgeError| match error {
         BridgeError::Source(SourceError::OwnersCode { .. }) => true,
-        BridgeError::Setup(_) => ctx.has_begun(),
+        BridgeError::Setup(..) => ctx.has_begun(),
         BridgeError::Source(error) => error.is_about_the_table() && ctx.has_begun(),
         _ => false,
     };
@@ -121,16 +122,20 @@ fn describe_table(
     types: &KnownTypes,
 ) -> Result<(u64, CatalogMark), BridgeError> {
     let Some(catalog) = catalog else {
-        return Err(BridgeError::Setup(format!(
+        let text = format!(
             "table {} (tables.name = {:?}) does not exist in this database: if it has another name now, correct `table`, else \
              create it",
             spec.table, spec.name
-        )));
+        );
+        return Err(BridgeError::Setup(Code::TableMissing, text));
     };
     if let Some(left_out) = catalog.left_out(&ctx.config.postgres.publication) {
         ctx.said.left_out(&spec.name, &left_out);
     }
-    let setup = |error: mapping::MappingError| BridgeError::Setup(error.knowing(&catalog.generated).to_string());
+    let setup = |error: mapping::MappingError| {
+        let error = error.knowing(&catalog.generated);
+        BridgeError::Setup(Code::of_mapping(&error), error.to_string())
+    };
     mapping::check_identity(spec, catalog.identity, &catalog.identity_columns, &catalog.relation()).map_err(setup)?;
     let mapping = Mapping::bind(spec, &catalog.relation(), types).map_err(setup)?;
     lookup_columns::check(spec, &catalog).map_err(setup)?;
@@ -148,9 +153,8 @@ pub async fn publish(
     let Some(publication) = slot::publication(&client.client, name).await? else {
         if settings.create == Create::Never {
             let create = Sql::CreatePublication { publication: name, tables: &tables };
-            return Err(BridgeError::Setup(format!(
-                "publication {name} does not exist: set postgres.create = true, or {create}"
-            )));
+            let text = format!("publication {name} does not exist: set postgres.create = true, or {create}");
+            return Err(BridgeError::Setup(Code::PublicationMissing, text));
         }
         slot::create_publication(&client.client, name, &tables).await?;
         tracing::info!(publication = name, "publication created");
@@ -166,7 +170,8 @@ pub async fn publish(
         }
         if !ours {
             let add = Sql::AddTable { publication: name, table: &spec.table };
-            return Err(BridgeError::Setup(format!("table {} is not in publication {name}: {add}", spec.table)));
+            let text = format!("table {} is not in publication {name}: {add}", spec.table);
+            return Err(BridgeError::Setup(Code::TableUnpublished, text));
         }
         match slot::add_table(&client.client, name, &spec.table).await {
             // It was dropped: the loader reports that.
@@ -185,8 +190,9 @@ pub fn require_create(ctx: &Context, because: &str) -> Result<(), BridgeError> {
         return Ok(());
     }
     let slot = &ctx.config.postgres.slot;
-    Err(BridgeError::Setup(format!(
-        "slot {slot} is needed ({because}), and postgres.create is false: set postgres.create = true, or {}",
-        Sql::CreateSlot { slot }
-    )))
+    let remedy = Sql::CreateSlot { slot };
+    let text = format!(
+        "slot {slot} is needed ({because}), and postgres.create is false: set postgres.create = true, or {remedy}"
+    );
+    Err(BridgeError::Setup(Code::SlotMissing, text))
 }

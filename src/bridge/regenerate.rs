@@ -7,6 +7,7 @@
 use super::BridgeError;
 use super::context::{Context, prefixes};
 use super::prerequisites;
+use crate::code::Code;
 use crate::config::Create;
 use crate::reload::{Changes, Refused, Reread};
 use crate::remedy::Sql;
@@ -72,7 +73,8 @@ async fn ask_postgres(ctx: &Context, specs: &[TableSpec]) -> Result<(), BridgeEr
         if is_missing && settings.create == Create::Never {
             let (name, table) = (&settings.publication, &spec.table);
             let add = Sql::AddTable { publication: name, table };
-            return Err(BridgeError::Setup(format!("table {table} is not in publication {name}: {add}")));
+            let text = format!("table {table} is not in publication {name}: {add}");
+            return Err(BridgeError::Setup(Code::TableUnpublished, text));
         }
     }
     Ok(())

@@ -7,6 +7,7 @@
 use super::BridgeError;
 use super::context::Context;
 use crate::checkpoint::{Checkpoint, SlotState};
+use crate::code::Code;
 use crate::lookups::Lookups;
 use crate::progress::freshness::Freshness;
 use crate::source::connect::PostgresClient;
@@ -43,13 +44,19 @@ pub async fn wait(ctx: &Context, client: &PostgresClient, facts: &ServerFacts) -
                 }
                 ctx.set_state(
                     State::Standby,
+                    None,
                     Some(format!("another daemon holds the slot (its Postgres backend has pid {pid})")),
                 );
                 other.look(ctx, client, facts).await?;
                 if other.hangs(Instant::now(), ctx.timing.hangs)
                     && slot::terminate_walsender(&client.client, pid, &ctx.application_name).await?
                 {
-                    tracing::warn!(pid, "the daemon that holds the slot hangs: its walsender was ended, taking over");
+                    let code = Code::DaemonHangs.as_str();
+                    tracing::warn!(
+                        code,
+                        pid,
+                        "the daemon that holds the slot hangs: its walsender was ended, taking over"
+                    );
                     other.beat = None;
                 }
             }

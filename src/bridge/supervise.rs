@@ -5,6 +5,7 @@ use super::bootstrap::{self, Session};
 use super::context::{Context, feed_watchdog};
 use super::{BridgeError, Disposition};
 use crate::admin::{Answer, Asked, Operation, Refusal};
+use crate::code::Code;
 use crate::error::Backoff;
 use crate::history::Kind;
 use crate::lsn::Lsn;
@@ -101,20 +102,24 @@ impl Attempts {
             self.is_stuck(ctx, at, &error);
             return Ok(STUCK_RETRY);
         }
-        let text = error.to_string();
+        let (code, text) = (error.code(), error.to_string());
         match error.disposition() {
             Disposition::Stop if !self.ever_began => return Err(error),
             Disposition::Stop => {
                 if self.said.insert(text.clone()) {
-                    tracing::error!(error = text, "cannot go on until this is mended");
+                    tracing::error!(code = code.as_str(), error = text, "cannot go on until this is mended");
                 }
-                ctx.set_state(State::Stalled, Some(text));
+                ctx.set_state(State::Stalled, Some(code), Some(text));
                 return Ok(ctx.timing.setup_retry);
             }
             Disposition::Reload => {
-                tracing::warn!(because = text, "what redis or postgres holds has changed, finding out what to do");
+                tracing::warn!(
+                    code = code.as_str(),
+                    because = text,
+                    "what redis or postgres holds has changed, finding out what to do"
+                );
                 ctx.history.happened(Level::Warning, Kind::Interrupted, None, text.clone());
-                ctx.set_state(State::Healing, Some(text));
+                ctx.set_state(State::Healing, Some(code), Some(text));
                 // What Redis has is unknown until the next attempt reads it. Until then this daemon is not ready, and does
                 // not report rows as missing.
                 ctx.update(|status| {
@@ -127,7 +132,7 @@ impl Attempts {
                     (BridgeError::NoRoom(_), _, _) | (_, Peer::Redis, true) => State::Stalled,
                     (_, Peer::Redis | Peer::Postgres, _) => State::Connecting,
                 };
-                ctx.set_state(state, Some(text));
+                ctx.set_state(state, Some(code), Some(text));
             }
         }
         Ok(delay)
@@ -139,9 +144,9 @@ impl Attempts {
              prefetchd skip {at}, which loads every table again: {error}"
         );
         if self.said.insert(text.clone()) {
-            tracing::error!(error = text, "the stream is stuck");
+            tracing::error!(code = Code::StreamStuck.as_str(), error = text, "the stream is stuck");
         }
-        ctx.set_state(State::Stalled, Some(text));
+        ctx.set_state(State::Stalled, Some(Code::StreamStuck), Some(text));
     }
 }
 

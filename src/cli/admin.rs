@@ -2,6 +2,7 @@
 
 use super::client::Client;
 use super::{Failure, print, printable};
+use crate::code::Code;
 use crate::words::counted;
 use clap::Args;
 use serde_json::{Value, json};
@@ -112,8 +113,8 @@ pub(super) fn verify(file: Option<&Path>, args: &VerifyArgs) -> Result<(), Failu
     let left = found.iter().sum::<u64>() - repaired;
     match left {
         0 => Ok(()),
-        1 => Err(Failure::work("1 key differs: repair it with --repair")),
-        left => Err(Failure::work(format!("{left} keys differ: repair them with --repair"))),
+        1 => Err(Failure::work(Code::Drift, "1 key differs: repair it with --repair")),
+        left => Err(Failure::work(Code::Drift, format!("{left} keys differ: repair them with --repair"))),
     }
 }
 
@@ -151,5 +152,5 @@ fn number(answer: &Value, name: &str) -> u64 {
 
 fn ask(file: Option<&Path>, daemon: &Daemon, operation: &str, body: &Value) -> Result<Value, Failure> {
     let client = Client::new(file, daemon.url.as_deref())?;
-    client.post(&format!("/v1/admin/{operation}"), body).map_err(Failure::work)
+    Ok(client.post(&format!("/v1/admin/{operation}"), body)?)
 }

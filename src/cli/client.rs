@@ -3,9 +3,11 @@
 //! Reads need no token and send none. The token for operations is sent only to the daemon that it belongs to, whatever
 //! `--url` says.
 
-use super::Failure;
+use super::{Failure, Said};
+use crate::code::Code;
 use crate::config::{ClientSettings, Secret};
 use crate::token;
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
@@ -32,9 +34,40 @@ pub(super) struct Door {
     pub token: Result<Secret, String>,
 }
 
+/// Why there is no answer that helps.
+#[derive(Debug)]
+pub(super) struct ClientError {
+    /// `None` if the daemon has one that is not known here.
+    code: Option<Code>,
+    text: String,
+}
+
+impl ClientError {
+    pub(super) fn new(code: Code, text: String) -> Self {
+        ClientError { code: Some(code), text }
+    }
+
+    /// Something else listens there.
+    pub(super) fn by_a_stranger(at: &str, status: u16) -> Self {
+        Self::new(Code::NotPrefetchd, format!("{at} answered {status}: is prefetchd running there?"))
+    }
+}
+
+impl fmt::Display for ClientError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl From<ClientError> for Failure {
+    fn from(ClientError { code, text }: ClientError) -> Self {
+        Failure { exit: 1, said: Some(Said { message: text, code }) }
+    }
+}
+
 /// Says what it means that no answer came.
-fn silence(base: &str, error: &ureq::Error) -> String {
-    match error {
+fn silence(base: &str, error: &ureq::Error) -> ClientError {
+    let text = match error {
         ureq::Error::Timeout(ureq::Timeout::Connect) | ureq::Error::ConnectionFailed | ureq::Error::HostNotFound => {
             format!("{base} cannot be reached: {error}")
         }
@@ -43,7 +76,8 @@ fn silence(base: &str, error: &ureq::Error) -> String {
              goes on with it); if it is prefetchd, restart it"
         ),
         error => format!("{base} does not answer: {error}"),
-    }
+    };
+    ClientError::new(Code::DaemonUnreachable, text)
 }
 
 impl Client {
@@ -78,18 +112,18 @@ impl Client {
     }
 
     /// Returns any response, whatever its status.
-    pub(super) fn get(&self, path: &str) -> Result<Response<Body>, String> {
+    pub(super) fn get(&self, path: &str) -> Result<Response<Body>, ClientError> {
         let request = self.agent.get(format!("{}{path}", self.base));
         request.call().map_err(|error| silence(&self.base, &error))
     }
 
     /// Returns the JSON of a successful response, however long it takes, or the daemon's error message.
-    pub(super) fn post(&self, path: &str, body: &serde_json::Value) -> Result<serde_json::Value, String> {
+    pub(super) fn post(&self, path: &str, body: &serde_json::Value) -> Result<serde_json::Value, ClientError> {
         self.post_within(None, path, body)
     }
 
     /// The same, for what the daemon answers at once.
-    pub(super) fn post_quickly(&self, path: &str, body: &serde_json::Value) -> Result<serde_json::Value, String> {
+    pub(super) fn post_quickly(&self, path: &str, body: &serde_json::Value) -> Result<serde_json::Value, ClientError> {
         self.post_within(Some(READ_TIMEOUT), path, body)
     }
 
@@ -98,7 +132,7 @@ impl Client {
         each_read: Option<Duration>,
         path: &str,
         body: &serde_json::Value,
-    ) -> Result<serde_json::Value, String> {
+    ) -> Result<serde_json::Value, ClientError> {
         let Door { base, token } = self.door();
         let mut request = self.agent.post(format!("{base}{path}")).header("Content-Type", "application/json");
         if let Ok(token) = &token {
@@ -107,18 +141,24 @@ impl Client {
         let request = request.config().timeout_per_read(each_read).build();
         let mut answer = request.send(body.to_string()).map_err(|error| silence(&base, &error))?;
         let status = answer.status();
-        let text = answer.body_mut().read_to_string().map_err(|error| format!("{base}{path}: {error}"))?;
+        let text = self.text(path, &mut answer)?;
         match serde_json::from_str::<serde_json::Value>(&text) {
             Ok(json) if status.is_success() => Ok(json),
             Ok(json) if json["message"].is_string() => {
                 let message = super::printable(json["message"].as_str().unwrap_or_default());
-                match token {
-                    Err(why) if status.as_u16() == 401 => Err(format!("{message}\nno token was sent: {why}")),
-                    _ => Err(message),
-                }
+                let text = match token {
+                    Err(why) if status.as_u16() == 401 => format!("{message}\nno token was sent: {why}"),
+                    _ => message,
+                };
+                Err(ClientError { code: json["error"].as_str().and_then(Code::of), text })
             }
-            _ => Err(format!("{base}{path} answered {}: is prefetchd running there?", status.as_u16())),
+            _ => Err(ClientError::by_a_stranger(&format!("{base}{path}"), status.as_u16())),
         }
+    }
+
+    pub(super) fn text(&self, path: &str, answer: &mut Response<Body>) -> Result<String, ClientError> {
+        let broken = |error| ClientError::new(Code::DaemonUnreachable, format!("{}{path}: {error}", self.base));
+        answer.body_mut().read_to_string().map_err(broken)
     }
 
     pub(super) fn door(&self) -> Door {
@@ -157,13 +197,13 @@ impl Client {
     }
 
     /// Returns the JSON of a response with one of these statuses, and its text.
-    pub(super) fn json(&self, path: &str, good: &[u16]) -> Result<(serde_json::Value, String), String> {
+    pub(super) fn json(&self, path: &str, good: &[u16]) -> Result<(serde_json::Value, String), ClientError> {
         let mut answer = self.get(path)?;
         let status = answer.status().as_u16();
-        let text = answer.body_mut().read_to_string().map_err(|error| format!("{}{path}: {error}", self.base))?;
+        let text = self.text(path, &mut answer)?;
         match serde_json::from_str(&text) {
             Ok(json) if good.contains(&status) => Ok((json, text)),
-            _ => Err(format!("{}{path} answered {status}: is prefetchd running there?", self.base)),
+            _ => Err(ClientError::by_a_stranger(&format!("{}{path}", self.base), status)),
         }
     }
 }
@@ -199,6 +239,7 @@ fn addresses(base: &str) -> Vec<SocketAddr> {
 fn own_url(listen: SocketAddr) -> Result<String, Failure> {
     if listen.port() == 0 {
         return Err(Failure::config(
+            Code::UrlNeeded,
             "http.listen has port 0, so any port may be the daemon's: give --url, as its log names it",
         ));
     }

@@ -2,6 +2,7 @@
 //! the same definition as `--help`.
 
 use super::{Cli, Failure, print};
+use crate::code::Code;
 use clap::{Args, CommandFactory};
 use clap_complete::Shell;
 use std::path::PathBuf;
@@ -27,5 +28,6 @@ pub(super) fn run(args: &CompletionsArgs) -> Result<(), Failure> {
 
 pub(super) fn man_pages(args: &ManPagesArgs) -> Result<(), Failure> {
     let written = clap_mangen::generate_to(Cli::command(), &args.dir);
-    written.map_err(|error| Failure::work(format!("cannot write to {}: {error}", args.dir.display())))
+    written
+        .map_err(|error| Failure::work(Code::CannotWrite, format!("cannot write to {}: {error}", args.dir.display())))
 }

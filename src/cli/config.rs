@@ -18,7 +18,7 @@ pub(super) fn run(file: Option<&Path>, args: &ConfigArgs) -> Result<(), Failure>
     }
     let config = Config::load(file)?;
     for warning in &config.warnings {
-        say(&format!("prefetchd: {warning}"));
+        say(&format!("prefetchd: {}", warning.text));
     }
     print(&config.to_toml())
 }

@@ -9,6 +9,7 @@ mod client;
 mod completions;
 mod config;
 pub mod demo;
+mod explain;
 mod init;
 mod page;
 mod run;
@@ -18,6 +19,7 @@ mod support;
 mod tail;
 mod teardown;
 
+use crate::code::Code;
 use crate::config::ConfigError;
 use crate::error::Disposition;
 use crate::terminal::{self, printable};
@@ -82,6 +84,8 @@ enum Command {
     Init(init::InitArgs),
     /// Print the effective configuration, with secrets as ***, or the schema of its file
     Config(config::ConfigArgs),
+    /// Explain the code of a problem: its cause and its remedy; without a code, list all
+    Explain(explain::ExplainArgs),
     /// Print a completion script, such as for ~/.local/share/bash-completion/completions/prefetchd
     Completions(completions::CompletionsArgs),
     /// Write the man pages of all commands
@@ -92,25 +96,41 @@ enum Command {
 /// Why a command failed.
 #[derive(Debug)]
 pub struct Failure {
-    code: u8,
+    exit: u8,
     /// `None` if it has already been printed.
-    message: Option<String>,
+    said: Option<Said>,
+}
+
+#[derive(Debug)]
+struct Said {
+    message: String,
+    /// `None` if a newer daemon has said it, with a code of its own.
+    code: Option<Code>,
 }
 
 impl Failure {
     /// Something failed while working: exit code 1.
-    pub fn work(message: impl Into<String>) -> Self {
-        Self { code: 1, message: Some(message.into()) }
+    pub fn work(code: Code, message: impl Into<String>) -> Self {
+        Self::with(1, code, message.into())
     }
 
     /// Retrying cannot help: exit code 78.
-    pub fn config(message: impl Into<String>) -> Self {
-        Self { code: EX_CONFIG, message: Some(message.into()) }
+    pub fn config(code: Code, message: impl Into<String>) -> Self {
+        Self::with(EX_CONFIG, code, message.into())
     }
 
     /// A server's error: a refused password cannot be retried, a server that is away can.
-    fn of(disposition: Disposition, message: String) -> Self {
-        Self { code: exit_code(disposition), message: Some(message) }
+    fn of(disposition: Disposition, code: Code, message: String) -> Self {
+        Self::with(exit_code(disposition), code, message)
+    }
+
+    fn with(exit: u8, code: Code, message: String) -> Self {
+        Self { exit, said: Some(Said { message, code: Some(code) }) }
+    }
+
+    /// Everything has been printed.
+    fn silent(exit: u8) -> Self {
+        Self { exit, said: None }
     }
 }
 
@@ -123,7 +143,7 @@ fn exit_code(disposition: Disposition) -> u8 {
 
 impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Self {
-        Self::config(error.to_string())
+        Self::config(error.code, error.to_string())
     }
 }
 
@@ -150,16 +170,19 @@ impl Cli {
             Some(Command::Support(args)) => support::run(file, &args),
             Some(Command::Init(args)) => init::run(&args),
             Some(Command::Config(args)) => config::run(file, &args),
+            Some(Command::Explain(args)) => explain::run(&args),
             Some(Command::Completions(args)) => completions::run(&args),
             Some(Command::ManPages(args)) => completions::man_pages(&args),
         };
         match done {
             Ok(()) => ExitCode::SUCCESS,
-            Err(Failure { code, message }) => {
-                if let Some(message) = message {
-                    say(&format!("prefetchd: {message}"));
+            Err(Failure { exit, said }) => {
+                if let Some(Said { message, code }) = said {
+                    let more =
+                        code.map_or(String::new(), |code| format!("\nmore: prefetchd explain {}", code.as_str()));
+                    say(&format!("prefetchd: {}{more}", message.trim_end()));
                 }
-                ExitCode::from(code)
+                ExitCode::from(exit)
             }
         }
     }
@@ -179,8 +202,8 @@ fn print(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     match out.write_all(terminal::lines(text).as_bytes()).and_then(|()| out.flush()) {
         Ok(()) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Failure { code: 0, message: None }),
-        Err(error) => Err(Failure::work(format!("cannot write to stdout: {error}"))),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Failure::silent(0)),
+        Err(error) => Err(Failure::work(Code::CannotWrite, format!("cannot write to stdout: {error}"))),
     }
 }
 
@@ -208,7 +231,7 @@ fn aligned(rows: &[Vec<String>]) -> String {
 /// # Errors
 /// If the system refuses to create them.
 pub fn runtime() -> Result<Runtime, Failure> {
-    Runtime::new().map_err(|error| Failure::work(format!("cannot start threads: {error}")))
+    Runtime::new().map_err(|error| Failure::work(Code::Internal, format!("cannot start threads: {error}")))
 }
 
 #[cfg(test)]

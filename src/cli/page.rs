@@ -2,8 +2,9 @@
 //!
 //! The token is in the fragment, which browsers do not send; the page reads it there.
 
-use super::client::{Client, Door};
+use super::client::{Client, ClientError, Door};
 use super::{Failure, print};
+use crate::code::Code;
 use clap::Args;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use std::path::Path;
@@ -20,15 +21,16 @@ pub(super) struct PageArgs {
 
 pub(super) fn run(file: Option<&Path>, args: &PageArgs) -> Result<(), Failure> {
     let client = Client::new(file, args.url.as_deref())?;
-    match client.get("/").map_err(Failure::work)?.status().as_u16() {
+    match client.get("/")?.status().as_u16() {
         200 => {}
-        404 => return Err(Failure::work(format!("{} has no page: set http.page = true", client.base))),
-        status => {
-            return Err(Failure::work(format!("{}/ answered {status}: is prefetchd running there?", client.base)));
+        404 => {
+            let text = format!("{} has no page: set http.page = true", client.base);
+            return Err(Failure::work(Code::PageDisabled, text));
         }
+        status => return Err(ClientError::by_a_stranger(&format!("{}/", client.base), status).into()),
     }
     let Door { base, token } = client.door();
-    let token = token.map_err(|why| Failure::work(format!("no token for {base}: {why}")))?;
+    let token = token.map_err(|why| Failure::work(Code::AdminToken, format!("no token for {base}: {why}")))?;
     print(&format!("{}\n", address(&base, token.expose())))
 }
 

@@ -2,7 +2,8 @@
 
 use super::{Failure, RUNTIME_PATIENCE, demo, exit_code, runtime};
 use crate::bridge::BridgeError;
-use crate::config::{Config, LogFormat, LogSettings};
+use crate::code::Code;
+use crate::config::{Config, LogFormat, LogSettings, Warning};
 use crate::daemon;
 use crate::progress::resume::Adopt;
 use crate::reload::Reread;
@@ -22,8 +23,8 @@ pub(super) struct RunArgs {
 pub(super) fn run(file: Option<&Path>, args: &RunArgs) -> Result<(), Failure> {
     let config = Config::load(file)?;
     telemetry::init(&config.log);
-    for warning in &config.warnings {
-        tracing::warn!("{warning}");
+    for Warning { code, text } in &config.warnings {
+        tracing::warn!(code = code.as_str(), "{text}");
     }
     let path = file.map(Path::to_owned);
     let reread: Reread = Box::new(move || Config::load(path.as_deref()));
@@ -32,14 +33,15 @@ pub(super) fn run(file: Option<&Path>, args: &RunArgs) -> Result<(), Failure> {
         // As a task of its own, because messages between the blocked main thread and the other tasks would switch
         // threads.
         let daemon = tokio::spawn(daemon::run(config, adopt, stop, None, Some(reread), |_| {}));
-        let ended = daemon.await.map_err(|error| Failure::work(format!("the daemon failed: {error}")))?;
+        let ended =
+            daemon.await.map_err(|error| Failure::work(Code::Internal, format!("the daemon failed: {error}")))?;
         ended.map_err(|error| {
             match &error {
                 // Nothing is lost.
-                BridgeError::NotDrained(_) => tracing::warn!("{error}"),
-                _ => tracing::error!("{error}"),
+                BridgeError::NotDrained(_) => tracing::warn!(code = error.code().as_str(), "{error}"),
+                _ => tracing::error!(code = error.code().as_str(), "{error}"),
             }
-            Failure { code: exit_code(error.disposition()), message: None }
+            Failure::silent(exit_code(error.disposition()))
         })
     })
 }
@@ -48,9 +50,8 @@ pub(super) fn demo(args: demo::Args) -> Result<(), Failure> {
     // The demo prints what happens in its own words.
     telemetry::init(&LogSettings { level: "warn".to_owned(), format: LogFormat::Text });
     until_a_signal(async |stop| {
-        demo::run(args, stop)
-            .await
-            .map_err(|error| Failure { code: exit_code(error.disposition()), message: Some(error.to_string()) })
+        let ended = demo::run(args, stop).await;
+        ended.map_err(|error| Failure::of(error.disposition(), error.code(), error.to_string()))
     })
 }
 
@@ -62,7 +63,7 @@ fn until_a_signal(work: impl AsyncFnOnce(CancellationToken) -> Result<(), Failur
         // Before anything is started, so that from here on a signal drains.
         let signals = signal(SignalKind::terminate()).and_then(|term| Ok((term, signal(SignalKind::interrupt())?)));
         let (terminate, interrupt) =
-            signals.map_err(|error| Failure::work(format!("signals cannot be received: {error}")))?;
+            signals.map_err(|error| Failure::work(Code::Internal, format!("signals cannot be received: {error}")))?;
         tokio::spawn(stop_on_signal(terminate, interrupt, stop.clone()));
         work(stop).await
     });
@@ -83,6 +84,6 @@ async fn stop_on_signal(mut terminate: Signal, mut interrupt: Signal, stop: Canc
     tracing::info!(signal, "stopping, a second signal exits at once");
     stop.cancel();
     let signal = next().await;
-    tracing::warn!(signal, "exiting before everything was drained");
+    tracing::warn!(code = Code::NotDrained.as_str(), signal, "exiting before everything was drained");
     std::process::exit(1);
 }

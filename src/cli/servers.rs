@@ -13,6 +13,7 @@
 
 mod cluster;
 
+use crate::code::Code;
 pub use cluster::Cluster;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User, geteuid};
@@ -59,6 +60,18 @@ pub enum ServerError {
     TooOldForACluster { program: PathBuf, version: String },
     #[error("{what} did not start; the end of its log:\n{log}")]
     NotStarted { what: String, log: String },
+}
+
+impl ServerError {
+    pub fn code(&self) -> Code {
+        match self {
+            ServerError::Missing(_)
+            | ServerError::NoSetpriv
+            | ServerError::Io { .. }
+            | ServerError::TooOldForACluster { .. }
+            | ServerError::NotStarted { .. } => Code::DemoServers,
+        }
+    }
 }
 
 fn io(doing: impl fmt::Display) -> impl FnOnce(std::io::Error) -> ServerError {

@@ -27,18 +27,18 @@ pub(super) struct StatusArgs {
 pub(super) fn run(file: Option<&Path>, args: &StatusArgs) -> Result<(), Failure> {
     let client = Client::new(file, args.url.as_deref())?;
     if args.live {
-        client.json("/healthz", &[200]).map_err(Failure::work)?;
+        client.json("/healthz", &[200])?;
         return print(&format!("prefetchd at {} works\n", client.base));
     }
-    let (status, text) = client.json("/v1/status", &[200]).map_err(Failure::work)?;
-    let (ready, _) = client.json("/readyz", &[200, 503]).map_err(Failure::work)?;
+    let (status, text) = client.json("/v1/status", &[200])?;
+    let (ready, _) = client.json("/readyz", &[200, 503])?;
     let is_ready = ready["ready"] == Value::Bool(true);
     if args.json {
         print(&format!("{}\n", text.trim_end()))?;
     } else {
         print(&report(&client.base, &status, &ready, has_colours(&io::stdout())))?;
     }
-    if is_ready { Ok(()) } else { Err(Failure { code: 1, message: None }) }
+    if is_ready { Ok(()) } else { Err(Failure::silent(1)) }
 }
 
 fn report(base: &str, status: &Value, ready: &Value, colours: bool) -> String {
@@ -124,6 +124,9 @@ fn verdict(status: Shown<'_>) -> String {
     let mut out = format!("\n{}\n", printable(text));
     for remedy in verdict["remedy"].as_str().unwrap_or_default().lines() {
         let _ = writeln!(out, "{}", printable(remedy));
+    }
+    if let Some(code) = verdict["code"].as_str() {
+        let _ = writeln!(out, "more: prefetchd explain {}", printable(code));
     }
     out + "\n"
 }

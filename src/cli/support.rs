@@ -6,6 +6,7 @@
 use super::client::Client;
 use super::{Failure, check, print, printable, runtime};
 use crate::bridge::context::application_name;
+use crate::code::Code;
 use crate::config::Config;
 use crate::row_keys::{RowKeys, value_hidden};
 use crate::sink::survey as redis_survey;
@@ -15,7 +16,7 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use jiff::Timestamp;
 use serde_json::{Value, json};
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -62,7 +63,7 @@ struct Report {
 }
 
 impl Report {
-    fn add(&mut self, name: &'static str, contents: Result<String, String>) {
+    fn add(&mut self, name: &'static str, contents: Result<String, impl Display>) {
         match contents {
             Ok(text) => self.files.push((name, text)),
             Err(why) => self.left_out.push(format!("{name}: {why}")),
@@ -83,7 +84,11 @@ impl Report {
         const ALL: &str = "status.json, readyz.json, history.json, metrics.txt, log.txt";
         let client = match Client::new(file, url) {
             Ok(client) => client,
-            Err(failure) => return self.left_out.push(format!("{ALL}: {}", failure.message.unwrap_or_default())),
+            Err(failure) => {
+                return self
+                    .left_out
+                    .push(format!("{ALL}: {}", failure.said.map(|said| said.message).unwrap_or_default()));
+            }
         };
         let status = match client.json("/v1/status", &[200]) {
             Ok((status, _)) => status,
@@ -92,9 +97,7 @@ impl Report {
         let version = status["version"].as_str().unwrap_or("of unknown version");
         let _ = writeln!(self.versions, "prefetchd {version} (the daemon at {})", client.base);
         self.add("log.txt", client.post_quickly("/v1/admin/log", &json!({})).map(|log| log_text(&log)));
-        let metrics = client.get("/metrics").and_then(|mut answer| {
-            answer.body_mut().read_to_string().map_err(|error| format!("{}/metrics: {error}", client.base))
-        });
+        let metrics = client.get("/metrics").and_then(|mut answer| client.text("/metrics", &mut answer));
         self.add("metrics.txt", metrics);
 
         // Their messages may name keys, whose prefixes only the daemon's own configuration tells.
@@ -115,7 +118,7 @@ impl Report {
         };
         self.add("readyz.json", client.json("/readyz", &[200, 503]).map(|(ready, _)| hidden(ready)));
         self.add("history.json", client.json("/v1/history", &[200]).map(|(history, _)| hidden(history)));
-        self.add("status.json", Ok(hidden(status)));
+        self.add("status.json", Ok::<_, String>(hidden(status)));
     }
 
     async fn servers(&mut self, config: &Config) {
@@ -216,7 +219,11 @@ impl Archive {
             io::ErrorKind::AlreadyExists => "it exists, and nothing is overwritten: choose another --out".to_owned(),
             _ => format!("{error}: choose a directory that you may write to, with --out"),
         };
-        Failure::work(format!("cannot write {}: {why}", out.display()))
+        let code = match error.kind() {
+            io::ErrorKind::AlreadyExists => Code::FileExists,
+            _ => Code::CannotWrite,
+        };
+        Failure::work(code, format!("cannot write {}: {why}", out.display()))
     }
 
     fn write(self, name: &str, files: Vec<(&'static str, String)>, now: Timestamp) -> Result<(), Failure> {

@@ -3,8 +3,9 @@
 //! The daemon sends at most 100 changes a second and counts the rest. Changes made while the connection is down are not
 //! shown, which a message says.
 
-use super::client::Client;
+use super::client::{Client, ClientError};
 use super::{Failure, print, printable, runtime, say};
+use crate::code::Code;
 use crate::telemetry::has_colours;
 use clap::Args;
 use rustix::termios::tcgetwinsize;
@@ -41,7 +42,7 @@ pub(super) fn run(file: Option<&Path>, args: &TailArgs) -> Result<(), Failure> {
     runtime.block_on(async {
         tokio::select! {
             _ = tokio::signal::ctrl_c() => Ok(()),
-            end = end => end.unwrap_or_else(|_| Err(Failure::work("the reading thread is gone"))),
+            end = end => end.unwrap_or_else(|_| Err(Failure::work(Code::Internal, "the reading thread is gone"))),
         }
     })
 }
@@ -71,13 +72,15 @@ fn follow(client: &Client, view: &mut View) -> Result<(), Failure> {
             Ok(answer) if connected_before || answer.status().as_u16() == 503 => {
                 format!("{}/v1/events answered {}", client.base, answer.status())
             }
-            Err(why) if connected_before => why,
+            Err(why) if connected_before => why.to_string(),
             Ok(answer) => {
-                let status = answer.status();
-                let text = format!("{}/v1/events answered {status}: is prefetchd running there?", client.base);
-                return Err(Failure::work(text));
+                let at = format!("{}/v1/events", client.base);
+                return Err(ClientError::by_a_stranger(&at, answer.status().as_u16()).into());
             }
-            Err(why) => return Err(Failure::work(format!("{why}: start the daemon, or say where it is with --url"))),
+            Err(why) => {
+                let text = format!("{why}: start the daemon, or say where it is with --url");
+                return Err(Failure::work(Code::DaemonUnreachable, text));
+            }
         };
         if said != why {
             say(&format!("prefetchd: {why}; trying again"));
@@ -208,7 +211,7 @@ impl View {
         match &self.only {
             Some(only) if !names.is_empty() && !names.contains(&only.as_str()) => {
                 let fact = format!("the daemon has no table {only:?}: there is {}", names.join(", "));
-                return Err(Failure::work(printable(&fact)));
+                return Err(Failure::work(Code::UnknownTable, printable(&fact)));
             }
             Some(only) => self.table_width = self.table_width.max(only.chars().count()),
             None => self.table_width = names.iter().map(|n| n.chars().count()).fold(self.table_width, usize::max),

@@ -9,6 +9,7 @@
 use super::{Failure, print, printable, runtime};
 use crate::bridge::context::{application_name, own_keys, own_prefix};
 use crate::checkpoint::{Checkpoint, SlotState, TableState};
+use crate::code::Code;
 use crate::command::Key;
 use crate::config::Config;
 use crate::lanes::tags::every_mark;
@@ -106,10 +107,13 @@ async fn until_unused(config: &Config, client: &PostgresClient) -> Result<SlotSt
         }
         if began.elapsed() > STOPPED_PATIENCE {
             let pids = pids.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-            return Err(Failure::work(format!(
-                "slot {name} is in use (in Postgres: pid {pids}): stop every prefetchd that uses this slot, then run this \
+            return Err(Failure::work(
+                Code::SlotInUse,
+                format!(
+                    "slot {name} is in use (in Postgres: pid {pids}): stop every prefetchd that uses this slot, then run this \
                  again; nothing was removed"
-            )));
+                ),
+            ));
         }
         tokio::time::sleep(POLL).await;
     }
@@ -148,15 +152,18 @@ impl Cache {
         if (&c.system_id, &c.database) == (&identity.system_id, &identity.database) {
             return Ok(());
         }
-        Err(Failure::work(format!(
-            "the checkpoint in Redis belongs to database {} of system {}, and this is {} of {}: correct postgres.url or \
+        Err(Failure::work(
+            Code::OtherPostgres,
+            format!(
+                "the checkpoint in Redis belongs to database {} of system {}, and this is {} of {}: correct postgres.url or \
              redis.url, or remove the key {} first; nothing was removed",
-            c.database,
-            c.system_id,
-            identity.database,
-            identity.system_id,
-            self.own.checkpoint()
-        )))
+                c.database,
+                c.system_id,
+                identity.database,
+                identity.system_id,
+                self.own.checkpoint()
+            ),
+        ))
     }
 
     /// Tells readers who go by the checkpoint, and the next start of a daemon, that the rows are no longer kept up to
@@ -274,9 +281,9 @@ fn say(line: &str) -> Result<(), Failure> {
 }
 
 fn postgres(error: SourceError) -> Failure {
-    Failure::of(error.disposition(), format!("postgres: {error}"))
+    Failure::of(error.disposition(), error.code(), format!("postgres: {error}"))
 }
 
 fn redis(error: SinkError) -> Failure {
-    Failure::of(error.disposition(), format!("redis: {error}; run this again once that is fixed"))
+    Failure::of(error.disposition(), error.code(), format!("redis: {error}; run this again once that is fixed"))
 }

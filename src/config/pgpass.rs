@@ -2,6 +2,8 @@
 //!
 //! <https://www.postgresql.org/docs/current/libpq-pgpass.html>
 
+use super::Warning;
+use crate::code::Code;
 use crate::password::{PassedOver, Password, PasswordError, PgPass};
 use crate::source::target::{Host, PostgresTarget};
 use std::collections::HashMap;
@@ -14,7 +16,7 @@ const DEFAULT_SOCKETS: [&str; 2] = ["/tmp", "/var/run/postgresql"];
 pub(super) fn password(
     target: &PostgresTarget,
     env: &HashMap<String, String>,
-    warnings: &mut Vec<String>,
+    warnings: &mut Vec<Warning>,
 ) -> Result<Password, PasswordError> {
     let set = |name: &str| env.get(name).filter(|value| !value.is_empty());
     if let Some(password) = set("PGPASSWORD") {
@@ -30,7 +32,7 @@ pub(super) fn password(
     let wanted = target.servers.iter().map(|s| server((&s.host, s.port))).collect();
     let pgpass = PgPass { file, wanted };
     if let Err(PassedOver::Because(why)) = pgpass.read()? {
-        warnings.push(why);
+        warnings.push(Warning { code: Code::SecretUnavailable, text: why });
     }
     Ok(Password::PgPass(pgpass))
 }
@@ -56,7 +58,7 @@ mod tests {
         file
     }
 
-    fn look(url: &str, file: &Path, more: &[(&str, &str)]) -> (Result<Option<String>, PasswordError>, Vec<String>) {
+    fn look(url: &str, file: &Path, more: &[(&str, &str)]) -> (Result<Option<String>, PasswordError>, Vec<Warning>) {
         let mut env: HashMap<String, String> = more.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
         env.insert("PGPASSFILE".to_owned(), file.display().to_string());
         let mut warnings = Vec::new();

@@ -59,7 +59,7 @@ fn a_file_with_a_password_that_others_can_read_draws_a_warning() {
     ] {
         std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
         let config = Config::parse(&format!("{text}\n{TABLE}"), name, &env(variables)).unwrap();
-        let named = config.warnings.iter().any(|w| w.contains("configuration file") && w.contains("chmod"));
+        let named = config.warnings.iter().any(|w| w.text.contains("configuration file") && w.text.contains("chmod"));
         assert_eq!(named, warned, "{text} {mode:o}: {:?}", config.warnings);
         assert!(!format!("{:?}", config.warnings).contains("secret"));
     }
@@ -147,7 +147,7 @@ fn a_lookup_that_alone_takes_keys_out_of_one_hash_slot_is_warned_of() {
         config
             .warnings
             .iter()
-            .any(|warning| warning.contains("all rows lie in one hash slot") && warning.contains("\"all\""))
+            .any(|warning| warning.text.contains("all rows lie in one hash slot") && warning.text.contains("\"all\""))
     };
     let (cluster, one) = ("redis+cluster://127.0.0.1:1", "redis://127.0.0.1:1");
     assert!(warned("all", cluster));

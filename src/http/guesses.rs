@@ -1,5 +1,6 @@
 //! Requests with a wrong token are slowed down and logged. Neither costs more as their number grows.
 
+use crate::code::Code;
 use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -43,6 +44,7 @@ impl Guesses {
         }
         let before = std::mem::take(&mut told.untold);
         told.last = Some(Instant::now());
-        tracing::warn!(%peer, before, "an operation with a wrong admin token was refused, {before} others since the last such line");
+        let code = Code::Unauthorized.as_str();
+        tracing::warn!(code, %peer, before, "an operation with a wrong admin token was refused, {before} others since the last such line");
     }
 }

@@ -3,6 +3,7 @@
 //! A 404 with the code `not_found` is a promise ("no such row"), so nothing else may use that code: for a route that
 //! does not exist it is `unknown_route`.
 
+use crate::code::Code;
 use axum::Json;
 use axum::http::header::{CONNECTION, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
@@ -122,46 +123,46 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    fn status_and_code(&self) -> (StatusCode, &'static str) {
+    fn status_and_code(&self) -> (StatusCode, Code) {
         match self {
-            Refusal::BadRequest(_) => (StatusCode::BAD_REQUEST, "bad_request"),
-            Refusal::TooLarge(_) => (StatusCode::BAD_REQUEST, "too_large"),
-            Refusal::ForeignHost(_) => (StatusCode::MISDIRECTED_REQUEST, "foreign_host"),
-            Refusal::UnknownRoute => (StatusCode::NOT_FOUND, "unknown_route"),
-            Refusal::UnknownTable(_) => (StatusCode::NOT_FOUND, "unknown_table"),
-            Refusal::UnknownLookup { .. } => (StatusCode::NOT_FOUND, "unknown_lookup"),
-            Refusal::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
-            Refusal::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large"),
-            Refusal::NotFound { .. } => (StatusCode::NOT_FOUND, "not_found"),
+            Refusal::BadRequest(_) => (StatusCode::BAD_REQUEST, Code::BadRequest),
+            Refusal::TooLarge(_) => (StatusCode::BAD_REQUEST, Code::TooLarge),
+            Refusal::ForeignHost(_) => (StatusCode::MISDIRECTED_REQUEST, Code::ForeignHost),
+            Refusal::UnknownRoute => (StatusCode::NOT_FOUND, Code::UnknownRoute),
+            Refusal::UnknownTable(_) => (StatusCode::NOT_FOUND, Code::UnknownTable),
+            Refusal::UnknownLookup { .. } => (StatusCode::NOT_FOUND, Code::UnknownLookup),
+            Refusal::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, Code::MethodNotAllowed),
+            Refusal::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, Code::BodyTooLarge),
+            Refusal::NotFound { .. } => (StatusCode::NOT_FOUND, Code::NotFound),
             Refusal::Loading(_) | Refusal::ListsIncomplete(_) | Refusal::TypesUnknown(_) => {
-                (StatusCode::SERVICE_UNAVAILABLE, "loading")
+                (StatusCode::SERVICE_UNAVAILABLE, Code::Loading)
             }
-            Refusal::Stale(_) => (StatusCode::SERVICE_UNAVAILABLE, "stale"),
-            Refusal::RedisUnavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "redis_unavailable"),
-            Refusal::Healing(_) => (StatusCode::SERVICE_UNAVAILABLE, "healing"),
-            Refusal::Blocked(_) => (StatusCode::SERVICE_UNAVAILABLE, "blocked"),
-            Refusal::Incomplete(_) => (StatusCode::SERVICE_UNAVAILABLE, "incomplete"),
+            Refusal::Stale(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::Stale),
+            Refusal::RedisUnavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::RedisUnavailable),
+            Refusal::Healing(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::Healing),
+            Refusal::Blocked(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::Blocked),
+            Refusal::Incomplete(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::Incomplete),
             Refusal::DeadLetter { .. } | Refusal::MoreDeadLetters(_) | Refusal::UnlistedDeadLetters(_) => {
-                (StatusCode::SERVICE_UNAVAILABLE, "dead_letter")
+                (StatusCode::SERVICE_UNAVAILABLE, Code::DeadLetter)
             }
-            Refusal::Lagging { .. } => (StatusCode::GATEWAY_TIMEOUT, "lagging"),
-            Refusal::Overloaded(_) => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
-            Refusal::SlowBody => (StatusCode::REQUEST_TIMEOUT, "request_timeout"),
-            Refusal::TooManyStreams => (StatusCode::SERVICE_UNAVAILABLE, "too_many_streams"),
-            Refusal::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
-            Refusal::NotJson => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
-            Refusal::ForeignOrigin => (StatusCode::FORBIDDEN, "foreign_origin"),
-            Refusal::AdminDisabled(_) => (StatusCode::FORBIDDEN, "admin_disabled"),
-            Refusal::Unauthorized | Refusal::WrongToken => (StatusCode::UNAUTHORIZED, "unauthorized"),
-            Refusal::Busy(_) => (StatusCode::CONFLICT, "busy"),
-            Refusal::Paused(_) => (StatusCode::CONFLICT, "paused"),
-            Refusal::NotNow(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
-            Refusal::Interrupted(_) => (StatusCode::SERVICE_UNAVAILABLE, "interrupted"),
-            Refusal::NotCompared(_) => (StatusCode::SERVICE_UNAVAILABLE, "not_compared"),
-            Refusal::InvalidConfiguration(_) => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_configuration"),
-            Refusal::Pointless(_) => (StatusCode::CONFLICT, "nothing_to_skip"),
-            Refusal::NotOurs(_) => (StatusCode::CONFLICT, "given_server"),
-            Refusal::Refused(_) => (StatusCode::CONFLICT, "refused"),
+            Refusal::Lagging { .. } => (StatusCode::GATEWAY_TIMEOUT, Code::Lagging),
+            Refusal::Overloaded(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::Overloaded),
+            Refusal::SlowBody => (StatusCode::REQUEST_TIMEOUT, Code::RequestTimeout),
+            Refusal::TooManyStreams => (StatusCode::SERVICE_UNAVAILABLE, Code::TooManyStreams),
+            Refusal::Stopping => (StatusCode::SERVICE_UNAVAILABLE, Code::Stopping),
+            Refusal::NotJson => (StatusCode::UNSUPPORTED_MEDIA_TYPE, Code::UnsupportedMediaType),
+            Refusal::ForeignOrigin => (StatusCode::FORBIDDEN, Code::ForeignOrigin),
+            Refusal::AdminDisabled(_) => (StatusCode::FORBIDDEN, Code::AdminDisabled),
+            Refusal::Unauthorized | Refusal::WrongToken => (StatusCode::UNAUTHORIZED, Code::Unauthorized),
+            Refusal::Busy(_) => (StatusCode::CONFLICT, Code::Busy),
+            Refusal::Paused(_) => (StatusCode::CONFLICT, Code::Paused),
+            Refusal::NotNow(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable),
+            Refusal::Interrupted(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::Interrupted),
+            Refusal::NotCompared(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::NotCompared),
+            Refusal::InvalidConfiguration(_) => (StatusCode::UNPROCESSABLE_ENTITY, Code::InvalidConfiguration),
+            Refusal::Pointless(_) => (StatusCode::CONFLICT, Code::NothingToSkip),
+            Refusal::NotOurs(_) => (StatusCode::CONFLICT, Code::GivenServer),
+            Refusal::Refused(_) => (StatusCode::CONFLICT, Code::Refused),
         }
     }
 }
@@ -169,7 +170,7 @@ impl Refusal {
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let (status, code) = self.status_and_code();
-        let mut response = (status, Json(Problem { error: code, message: self.to_string() })).into_response();
+        let mut response = (status, Json(Problem { error: code.as_str(), message: self.to_string() })).into_response();
         // The rest of such a request is not awaited, and another guess needs another connection.
         if matches!(
             self,

@@ -10,6 +10,7 @@ use super::shards::Shards;
 use super::topology::{Node, Topology};
 use super::{Class, ErrorReply, Request, SinkError, failed};
 use crate::bounded::Bounded;
+use crate::code::Code;
 use crate::lanes::Lane;
 use crate::lanes::reading::Seen;
 use crate::nodes::{Nodes, Usage};
@@ -172,6 +173,23 @@ pub enum TargetError {
     Encoding,
     #[error("redis.url: {0}")]
     Tls(#[from] TlsError),
+}
+
+impl TargetError {
+    pub fn code(&self) -> Code {
+        match self {
+            TargetError::Tls(_) => Code::TlsFiles,
+            TargetError::Scheme
+            | TargetError::Malformed
+            | TargetError::Database(_)
+            | TargetError::ClusterDatabase(_)
+            | TargetError::Map(_)
+            | TargetError::Parameter(_)
+            | TargetError::NotEncrypted(_)
+            | TargetError::HalfIdentity
+            | TargetError::Encoding => Code::ConnectionUrl,
+        }
+    }
 }
 
 impl RedisTarget {

@@ -372,7 +372,7 @@ impl LaneReader {
                 let every: Vec<Lane> = Lane::every().collect();
                 let any_moved = moves::ended(&mut &*self, &every).await.inspect_err(|error| {
                     if let SinkError::OnTheMove { .. } = error {
-                        tracing::warn!(%error, "the keys in redis cannot be listed");
+                        tracing::warn!(code = error.code().as_str(), %error, "the keys in redis cannot be listed");
                     }
                 })?;
                 let (_, now) = self.masters().await?;

@@ -29,6 +29,7 @@ mod together;
 pub mod topology;
 pub mod writer;
 
+use crate::code::Code;
 use crate::command::Key;
 use crate::error::Disposition;
 use crate::lanes::Lane;
@@ -171,6 +172,47 @@ impl SinkError {
                 SinkError::Cluster { redis: target.to_string() }
             }
             _ => self,
+        }
+    }
+
+    pub fn code(&self) -> Code {
+        match self {
+            SinkError::Lost { error, .. } if is_about_certificates(error) => Code::RedisTls,
+            SinkError::Tls { .. } => Code::RedisTls,
+            SinkError::Unreachable { .. }
+            | SinkError::NoTopology { .. }
+            | SinkError::Lost { .. }
+            | SinkError::TimedOut { .. } => Code::RedisUnreachable,
+            SinkError::NoMaster { .. } => Code::RedisSentinel,
+            SinkError::SentinelLogin { .. } => Code::RedisLogin,
+            SinkError::Unserved { .. } | SinkError::Uncovered { .. } => Code::RedisClusterDown,
+            SinkError::OnTheMove { .. } | SinkError::Demoted { .. } => Code::RedisClusterChanging,
+            SinkError::Cluster { .. } | SinkError::NotACluster { .. } => Code::RedisClusterUrl,
+            SinkError::CrossSlot { .. } => Code::HashSlots,
+            SinkError::Superseded { .. }
+            | SinkError::CheckpointDiffers { .. }
+            | SinkError::Discarded(_)
+            | SinkError::Torn { .. }
+            | SinkError::Failed { .. }
+            | SinkError::NotArmed => Code::CheckpointChanged,
+            // Raised by readers, whom HTTP answers.
+            SinkError::Excess { .. } | SinkError::LargeSet { .. } => Code::TooLarge,
+            SinkError::Restless { .. } => Code::Overloaded,
+            SinkError::Malformed(_) | SinkError::Unexpected { .. } | SinkError::Client(_) => Code::RedisProtocol,
+            SinkError::Refused { request, reply } => match reply.code_of_class() {
+                Code::RedisError if request.command == "AUTH" => Code::RedisLogin,
+                Code::RedisError if request.command == "SELECT" => Code::RedisDatabase,
+                code => code,
+            },
+            SinkError::HungUp { reply, .. } => reply.code_of_class(),
+            SinkError::Forbidden { .. } => Code::RedisAcl,
+            SinkError::Unavailable { .. } => Code::RedisCommands,
+            SinkError::Replica { .. } => Code::RedisReplica,
+            SinkError::TooOld { .. } | SinkError::TooOldForLanes { .. } => Code::RedisVersion,
+            SinkError::ForeignKey { .. } => Code::RedisKeyType,
+            SinkError::NotDurable { .. } => Code::RedisDurability,
+            SinkError::TooLarge(_) => Code::RedisLimits,
+            SinkError::Password(_) => Code::SecretUnavailable,
         }
     }
 

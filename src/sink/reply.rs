@@ -7,6 +7,7 @@
 //!
 //! <https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors>
 
+use crate::code::Code;
 use crate::resp;
 use std::fmt;
 
@@ -134,6 +135,22 @@ impl ErrorReply {
 
     pub fn class(&self) -> Class {
         self.class
+    }
+
+    pub(super) fn code_of_class(&self) -> Code {
+        match self.class {
+            Class::Away => Code::RedisBusy,
+            Class::Full => Code::RedisFull,
+            Class::ReadOnly if self.code == "READONLY" => Code::RedisReplica,
+            Class::ReadOnly => Code::RedisReadOnly,
+            Class::Denied => Code::RedisAcl,
+            Class::Login => Code::RedisLogin,
+            Class::WrongType => Code::RedisKeyType,
+            Class::Elsewhere if self.code == "CLUSTERDOWN" => Code::RedisClusterDown,
+            Class::Elsewhere => Code::RedisClusterChanging,
+            Class::CrossSlot => Code::HashSlots,
+            Class::Other => Code::RedisError,
+        }
     }
 
     /// Returns `None` if neither another node nor the same one a little later would do what was requested.

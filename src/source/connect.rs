@@ -10,6 +10,7 @@ use super::socket::{self, AsItIs, Peer, Socket};
 use super::target::{PostgresTarget, SessionAttrs};
 use super::{Closed, ServerError, SourceError, chain, into_io};
 use crate::bounded::Bounded;
+use crate::code::Code;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -185,7 +186,7 @@ pub(super) const UNBOUND: LoginRefusal = (
 );
 
 pub(super) fn refused_by_us(at: &str, (fact, remedy): LoginRefusal) -> SourceError {
-    SourceError::Login { at: at.to_owned(), fact: fact.to_owned(), remedy }
+    SourceError::Login { code: Code::PostgresLogin, at: at.to_owned(), fact: fact.to_owned(), remedy }
 }
 
 /// Returns the error for a login that the server refused.
@@ -196,7 +197,7 @@ pub(super) fn login_refused(at: &str, error: ServerError) -> SourceError {
         // they cannot pass on one of its parameters.
         "08P01" => {
             let fact = format!("refused the login ({}, SQLSTATE {})", error.message, error.code);
-            SourceError::Login { at, fact, remedy: POOLER }
+            SourceError::Login { code: Code::PostgresPooler, at, fact, remedy: POOLER }
         }
         _ => SourceError::Refused { at, error },
     }
@@ -217,7 +218,8 @@ fn login_error(at: &str, error: tokio_postgres::Error) -> SourceError {
     }
     if what.contains("unsupported") {
         let remedy = "use scram-sha-256, md5, password or trust in pg_hba.conf";
-        return SourceError::Login { at, fact: format!("wants another login ({what})"), remedy };
+        let fact = format!("wants another login ({what})");
+        return SourceError::Login { code: Code::PostgresLogin, at, fact, remedy };
     }
     match into_io(error) {
         Ok(source) => SourceError::Unreachable { at, source },

@@ -11,6 +11,7 @@ use super::connect::{NO_PASSWORD, UNBOUND, login_refused, refused_by_us};
 use super::target::ChannelBinding;
 use super::wire::{garbage, name, notice, unsendable};
 use super::{ServerError, SourceError};
+use crate::code::Code;
 use bytes::BytesMut;
 use fallible_iterator::FallibleIterator;
 use postgres_protocol::authentication::md5_hash;
@@ -179,7 +180,7 @@ impl Login {
     }
 
     fn refused(&self, fact: String, remedy: &'static str) -> SourceError {
-        SourceError::Login { at: self.at.clone(), fact, remedy }
+        SourceError::Login { code: Code::PostgresLogin, at: self.at.clone(), fact, remedy }
     }
 }
 

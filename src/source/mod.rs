@@ -29,6 +29,7 @@ pub mod target;
 mod thread;
 pub mod wire;
 
+use crate::code::Code;
 use crate::error::Disposition;
 use crate::lsn::{EndLsn, Lsn};
 use crate::password::PasswordError;
@@ -51,7 +52,7 @@ pub enum SourceError {
     #[error("Postgres at {at} refused the connection: {error}")]
     Refused { at: String, error: ServerError },
     #[error("Postgres at {at} {fact}: {remedy}")]
-    Login { at: String, fact: String, remedy: &'static str },
+    Login { code: Code, at: String, fact: String, remedy: &'static str },
     #[error("lost the connection to Postgres while {doing}: {source}")]
     Lost { doing: String, source: io::Error },
     #[error("Postgres failed while {doing}: {error}")]
@@ -75,7 +76,7 @@ pub enum SourceError {
     SlotInUse { slot: String, pid: Option<i32> },
     /// An object cannot be used as it is, and a person must change it.
     #[error("{fact}: {remedy}")]
-    Unsuitable { fact: String, remedy: String },
+    Unsuitable { code: Code, fact: String, remedy: String },
     /// Reading the table would run code of its owner as the role that replicates. Not [`Self::Unsuitable`], because a
     /// table's owner must not be able to prevent the daemon from starting.
     #[error("{fact}: {remedy}")]
@@ -115,7 +116,7 @@ impl SourceError {
     /// Returns the problem, and what a person can do about it.
     pub fn fact_and_remedy(&self) -> (String, String) {
         match self {
-            SourceError::Unsuitable { fact, remedy } | SourceError::OwnersCode { fact, remedy } => {
+            SourceError::Unsuitable { fact, remedy, .. } | SourceError::OwnersCode { fact, remedy } => {
                 (fact.clone(), remedy.clone())
             }
             SourceError::Failed { doing, error } => {
@@ -127,8 +128,8 @@ impl SourceError {
         }
     }
 
-    pub fn unsuitable(fact: impl Into<String>, remedy: impl Into<String>) -> Self {
-        SourceError::Unsuitable { fact: fact.into(), remedy: remedy.into() }
+    pub fn unsuitable(code: Code, fact: impl Into<String>, remedy: impl Into<String>) -> Self {
+        SourceError::Unsuitable { code, fact: fact.into(), remedy: remedy.into() }
     }
 
     /// Returns the server's error, if it sent one.
@@ -235,6 +236,23 @@ impl SourceError {
         }
     }
 
+    pub fn code(&self) -> Code {
+        match self {
+            SourceError::Unreachable { .. } | SourceError::Silent { .. } => Code::PostgresUnreachable,
+            SourceError::Lost { .. } | SourceError::Shutdown { .. } => Code::PostgresConnectionLost,
+            SourceError::Login { code, .. } | SourceError::Unsuitable { code, .. } => *code,
+            SourceError::Stream { error, .. } if error.decoding_at.is_some() => Code::StreamStuck,
+            SourceError::Stream { .. } if self.is_undefined_in_stream() => Code::SlotTooOld,
+            SourceError::Refused { error, .. }
+            | SourceError::Failed { error, .. }
+            | SourceError::Stream { error, .. } => error.cause(),
+            SourceError::Garbled { .. } | SourceError::Unexpected { .. } => Code::PostgresProtocol,
+            SourceError::SlotInUse { .. } => Code::SlotInUse,
+            SourceError::OwnersCode { .. } => Code::TableOwnersCode,
+            SourceError::Password(_) => Code::SecretUnavailable,
+        }
+    }
+
     pub fn disposition(&self) -> Disposition {
         match self {
             SourceError::Refused { error, .. } | SourceError::Failed { error, .. } => error.disposition(),
@@ -312,6 +330,23 @@ impl ServerError {
             "55000" | "58P01" => Disposition::Reload,
             // Unavailable, starting, stopping, full, locked, a standby, corrupted: it passes, or fails again.
             _ => Disposition::Retry,
+        }
+    }
+
+    fn cause(&self) -> Code {
+        match self.code.as_str() {
+            "3D000" => Code::PostgresDatabase,
+            "42501" => Code::PostgresRights,
+            "53300" => Code::PostgresConnections,
+            "53400" => Code::SlotsExhausted,
+            "55P03" => Code::PostgresLocked,
+            "42P01" => Code::TableMissing,
+            // The WAL segment was removed, or the slot invalidated.
+            "55000" | "58P01" => Code::SlotLost,
+            "57P03" => Code::PostgresUnreachable,
+            "57P01" | "57P02" | "57P04" | "57P05" => Code::PostgresConnectionLost,
+            _ if self.class() == "28" => Code::PostgresLogin,
+            _ => Code::PostgresError,
         }
     }
 

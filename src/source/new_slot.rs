@@ -13,6 +13,7 @@ use super::SourceError;
 use super::answer::{Cells, PINS, act, in_transaction, look, query};
 use super::slot::PLUGIN;
 use super::wire::ReplicationConnection;
+use crate::code::Code;
 use crate::lsn::EndLsn;
 use postgres_protocol::escape::{escape_identifier, escape_literal};
 use std::fmt;
@@ -118,6 +119,7 @@ pub async fn require_failover_slots(replication: &mut ReplicationConnection) -> 
     let version = replication.server_version().await?;
     if version < FAILOVER_SINCE {
         return Err(SourceError::unsuitable(
+            Code::FailoverSlots,
             format!("postgres.failover is set, and Postgres {} has no failover slots", version / 10_000),
             "set postgres.failover = false, or upgrade Postgres to 17",
         ));
@@ -164,10 +166,12 @@ fn creation_failed(name: &str, doing: &str, error: SourceError) -> SourceError {
         // Another daemon was faster.
         "42710" => SourceError::SlotInUse { slot: name.to_owned(), pid: None },
         "42602" => SourceError::unsuitable(
+            Code::SlotUnsuitable,
             format!("{name:?} cannot be the name of a replication slot"),
             "set postgres.slot to lower-case letters, digits and underscores, at most 63",
         ),
         "53400" => SourceError::unsuitable(
+            Code::SlotsExhausted,
             format!("every replication slot is in use, and making {name} takes two, one of them for a moment"),
             "raise max_replication_slots, or drop a slot that nobody reads",
         ),

@@ -9,6 +9,7 @@ use super::connect::{PostgresClient, connect, unsuited};
 use super::limits::connect_or_explain;
 use super::slot;
 use super::target::PostgresTarget;
+use crate::code::Code;
 
 /// An ordinary connection for each role.
 pub struct Roles {
@@ -53,6 +54,7 @@ async fn same_server(
 ) -> Result<(), SourceError> {
     let unsuitable = |what: &str, here: &str, there: &str| {
         SourceError::unsuitable(
+            Code::ReaderServer,
             format!("postgres.reader_url leads to {what} {there}, and postgres.url to {here}"),
             "let both lead to the same database of the same server",
         )

@@ -4,6 +4,7 @@
 //! same value as different text (`DateStyle` of a role, say).
 
 use super::SourceError;
+use crate::code::Code;
 
 /// What every session sets, whatever the server, the database or the role would have: COPY and the stream must write
 /// one value with the same bytes.
@@ -69,7 +70,7 @@ pub(super) fn check_session(at: &str, answer: &[Option<&str>]) -> Result<String,
         let is = if *name == "DateStyle" { value.split(',').next().unwrap_or_default() } else { value };
         if is != *pinned {
             let fact = format!("gave the session {name} = '{value}' where the login asked for '{pinned}'");
-            return Err(SourceError::Login { at: at.to_owned(), fact, remedy: POOLER });
+            return Err(SourceError::Login { code: Code::PostgresPooler, at: at.to_owned(), fact, remedy: POOLER });
         }
     }
     let started = answer.get(SESSION_OPTIONS.len()).copied().flatten();

@@ -12,6 +12,7 @@ use super::SourceError;
 use super::answer::{Cells, act, look, quoted};
 use super::wire::ReplicationConnection;
 use crate::checkpoint::SlotState;
+use crate::code::Code;
 use crate::lsn::{EndLsn, Lsn};
 use crate::remedy::Sql;
 use crate::schema::QualifiedName;
@@ -242,7 +243,8 @@ pub async fn slot_state(client: &Client, name: &str) -> Result<SlotState, Source
     let Some(row) = results.iter().flatten().next() else { return Ok(SlotState::Absent) };
     let row = Cells { doing: &doing, row };
     let unsuitable = |is: String, remedy: &str| {
-        Err(SourceError::unsuitable(format!("replication slot {name} {is}"), format!("set postgres.slot to {remedy}")))
+        let remedy = format!("set postgres.slot to {remedy}");
+        Err(SourceError::unsuitable(Code::SlotUnsuitable, format!("replication slot {name} {is}"), remedy))
     };
     const ANOTHER: &str = "another name, or drop this one if nobody needs it";
     if row.text(0)? != "logical" {
@@ -470,6 +472,7 @@ async fn change_publication(client: &Client, doing: &str, first: &str, statement
     match act(client, doing, &sql).await {
         Ok(_) => Ok(()),
         Err(SourceError::Failed { error, .. }) if error.code == "42501" => Err(SourceError::unsuitable(
+            Code::PostgresRights,
             format!("{doing} is not allowed to this role ({})", error.message),
             format!("as the owner: {statement}"),
         )),

@@ -28,6 +28,7 @@ use super::answer::{Cells, act, begin_sql, in_transaction, look, query, quoted};
 use super::assemble::MARK_PREFIX;
 use super::connect::{CancelRequest, PostgresClient};
 use crate::change::{Nonce, Row, RowBuilder};
+use crate::code::Code;
 use crate::loader::range::{KeyBound, Range, Span, Tid, TidBound};
 use crate::lsn::{EndLsn, Lsn};
 use crate::remedy::Sql;
@@ -258,6 +259,7 @@ impl ReadSoFar {
             Span::Keys { .. } => {
                 match table.identity_columns.iter().filter_map(|name| table.column(name)).find(is_opaque) {
                     Some(column) => Err(SourceError::unsuitable(
+                        Code::TableUnreadable,
                         format!(
                             "table {} is read in the order of its key {}, an array, a composite type, or one with domains or functions of its own",
                             table.name, column.name
@@ -311,6 +313,7 @@ fn bound_at(row: &Row, table: &CatalogTable, doing: &str) -> Result<KeyBound, So
         std::str::from_utf8(cell).map(str::to_owned).map_err(|_| {
             // Possible only in a database without an encoding.
             SourceError::unsuitable(
+                Code::TableUnreadable,
                 format!("table {} has keys that are not UTF-8, and only some of its columns may be read", table.name),
                 format!("grant SELECT on the whole of {}", quoted(&table.name)),
             )
@@ -723,6 +726,7 @@ fn rewritten_again(doing: &str) -> SourceError {
 
 fn other_types(table: &QualifiedName) -> SourceError {
     SourceError::unsuitable(
+        Code::TableChanged,
         format!("table {table} has columns of other types than a moment ago"),
         "nothing is to be done, it is looked at again",
     )
@@ -730,6 +734,7 @@ fn other_types(table: &QualifiedName) -> SourceError {
 
 fn no_table(leaf: &QualifiedName, table: &QualifiedName) -> SourceError {
     SourceError::unsuitable(
+        Code::TableChanged,
         format!("{leaf}, read as table {table}, is no table any more"),
         "put a table in its place, or take it out of the configuration",
     )
@@ -936,6 +941,7 @@ pub async fn may_emit_marks(client: &Client) -> Result<(), SourceError> {
     }
     let (function, role) = (row.text(1)?, row.text(2)?);
     Err(SourceError::unsuitable(
+        Code::WalMarks,
         format!(
             "role {role} may not execute {function}, which every load and verification needs to mark its place in the WAL"
         ),

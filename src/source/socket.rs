@@ -8,6 +8,7 @@
 
 use super::SourceError;
 use super::target::{Encryption, Host, Negotiation, PostgresTarget, SessionAttrs, SslMode, TargetServer};
+use crate::code::Code;
 use crate::error::Disposition;
 use crate::tls::{self, Roots};
 use bytes::BytesMut;
@@ -174,7 +175,7 @@ async fn encrypt(target: &PostgresTarget, peer: Peer, stream: Stream, at: &str) 
         Encryption::Never => return Ok(Socket { stream: Stream::Tcp(tcp), peer }),
         Encryption::IfOffered(settings) | Encryption::Required(settings) => settings,
     };
-    let login = |fact: String, remedy| SourceError::Login { at: at.to_owned(), fact, remedy };
+    let login = |fact: String, remedy| SourceError::Login { code: Code::PostgresTls, at: at.to_owned(), fact, remedy };
     if target.tls.negotiation == Negotiation::Asked {
         let answer = ask(&mut tcp).await.map_err(|source| SourceError::Unreachable { at: at.to_owned(), source })?;
         match (answer, &encryption) {
@@ -292,7 +293,7 @@ fn refusal(target: &PostgresTarget, server: &TargetServer, at: &str, error: Sour
         }
         _ => return error,
     };
-    SourceError::Login { at: at.to_owned(), fact, remedy }
+    SourceError::Login { code: Code::PostgresTls, at: at.to_owned(), fact, remedy }
 }
 
 const OTHER_HOST: &str = "call it by that name in postgres.url, renew the certificate, or use sslmode=verify-ca";

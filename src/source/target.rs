@@ -8,6 +8,7 @@
 //! <https://www.postgresql.org/docs/current/libpq-envars.html>
 
 use super::settings::SESSION_OPTIONS;
+use crate::code::Code;
 use crate::password::Password;
 use crate::tls::{Identity, Roots, TlsError, TlsSettings, Verify};
 use socket2::TcpKeepalive;
@@ -207,6 +208,24 @@ pub enum TargetError {
     Tls(#[from] TlsError),
     #[error("no user in the connection string, and none for uid {uid} on this machine: add one")]
     NoUser { uid: u32 },
+}
+
+impl TargetError {
+    pub fn code(&self) -> Code {
+        match self {
+            TargetError::Tls(_) => Code::TlsFiles,
+            TargetError::Malformed { .. }
+            | TargetError::Unknown { .. }
+            | TargetError::Unsupported { .. }
+            | TargetError::Choice { .. }
+            | TargetError::Number { .. }
+            | TargetError::NoRoots
+            | TargetError::WeakRoots
+            | TargetError::WeakDirect
+            | TargetError::HalfIdentity
+            | TargetError::NoUser { .. } => Code::ConnectionUrl,
+        }
+    }
 }
 
 impl PostgresTarget {

@@ -16,6 +16,7 @@ use super::socket::{self, Reader, Socket, Writer};
 use super::target::{PostgresTarget, SessionAttrs};
 use super::thread;
 use super::{ServerError, SourceError};
+use crate::code::Code;
 use crate::lsn::EndLsn;
 use crate::remedy::Sql;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -206,7 +207,7 @@ impl ReplicationConnection {
             // An ordinary session parses the command as SQL: something has removed `replication=database`.
             SourceError::Failed { error, .. } if error.code == "42601" => {
                 let fact = format!("does not know the command {} (SQLSTATE {})", shortened(command), error.code);
-                SourceError::Login { at: self.at.clone(), fact, remedy: POOLER }
+                SourceError::Login { code: Code::PostgresPooler, at: self.at.clone(), fact, remedy: POOLER }
             }
             other => other,
         })
@@ -403,7 +404,7 @@ fn texts(row: &postgres_protocol::message::backend::DataRowBody) -> io::Result<V
 
 /// A message that we cannot build, which only a NUL byte can cause.
 pub(super) fn unsendable(doing: String, error: io::Error) -> SourceError {
-    SourceError::unsuitable(format!("{doing} failed: {error}"), "remove the NUL byte")
+    SourceError::unsuitable(Code::ConfigValue, format!("{doing} failed: {error}"), "remove the NUL byte")
 }
 
 pub(super) fn garbage(doing: String, error: io::Error) -> SourceError {

@@ -3,6 +3,7 @@
 use super::state::{DeadLetterSeen, LastLoad, LastVerify, Moment, ReadCounts, Status, TableStatus};
 use super::verdict::{Action, Verdict};
 use crate::checkpoint::TableState;
+use crate::code::Code;
 use crate::nodes::NodeSeen;
 use serde::Serialize;
 use std::time::{Duration, SystemTime};
@@ -215,11 +216,14 @@ pub(crate) struct VerdictReport<'a> {
     remedy: &'a str,
     /// The operation that mends it, if one does: `resume`, `repair` (a verify with repair), `refetch`.
     action: Option<&'static str>,
+    /// Of the most serious problem: its section in docs/errors.md, as `prefetchd explain` prints it.
+    code: Option<&'static str>,
 }
 
 impl<'a> VerdictReport<'a> {
-    pub fn of(Verdict { level, text, remedy, action }: &'a Verdict) -> Self {
-        VerdictReport { level: level.as_str(), text, remedy, action: action.map(Action::as_str) }
+    pub fn of(Verdict { level, text, remedy, action, code }: &'a Verdict) -> Self {
+        let (action, code) = (action.map(Action::as_str), code.map(Code::as_str));
+        VerdictReport { level: level.as_str(), text, remedy, action, code }
     }
 }
 
@@ -379,7 +383,7 @@ mod tests {
         let (mut status, now) = ready();
         (status.state, status.last_contact, status.tables[0].state) = (State::Connecting, None, None);
         let expected = format!(
-            r#"{{"version":"{}","state":"connecting","verdict":{{"level":"warning","text":"Starting: connecting to Postgres and Redis.","remedy":"Wait. If it lasts, see that both servers run and can be reached.","action":null}},"waiting_for":null,"paused":false,"ready":false,"#,
+            r#"{{"version":"{}","state":"connecting","verdict":{{"level":"warning","text":"Starting: connecting to Postgres and Redis.","remedy":"Wait. If it lasts, see that both servers run and can be reached.","action":null,"code":null}},"waiting_for":null,"paused":false,"ready":false,"#,
             env!("CARGO_PKG_VERSION")
         ) + concat!(
             r#""not_ready_because":["the stream does not run: connecting","table categories is not known yet","#,

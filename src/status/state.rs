@@ -5,6 +5,7 @@ use super::lag::SyncLag;
 use super::nodes::Keys;
 use crate::admin::Tally;
 use crate::checkpoint::{Blocked, TableState};
+use crate::code::Code;
 use crate::command::Op;
 use crate::lsn::{EndLsn, Lsn};
 use crate::schema::TableSpec;
@@ -71,6 +72,8 @@ pub struct Status {
     pub state: State,
     /// Why it does not proceed: a server that is down, a pid that blocks slot creation, a command that Redis refuses.
     pub waiting_for: Option<String>,
+    /// Of what it waits for the end of, if that is a problem.
+    pub waiting_code: Option<Code>,
     /// What fails while the stream runs. If nothing stops the stream itself, `waiting_for` says it too.
     pub beside_stream: Option<String>,
     pub paused: bool,
@@ -241,6 +244,7 @@ impl Status {
         Self {
             state: State::Connecting,
             waiting_for: None,
+            waiting_code: None,
             beside_stream: None,
             healing_slots: 0,
             paused: false,

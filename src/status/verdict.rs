@@ -7,6 +7,7 @@
 use super::state::{Moment, State, Status, TableStatus};
 use crate::admin::Tally;
 use crate::checkpoint::{Blocked, TableState};
+use crate::code::Code;
 use crate::words::{MOST_NAMES, counted, listed};
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -43,6 +44,8 @@ pub struct Verdict {
     pub remedy: String,
     /// The operation that mends the most serious problem that one does.
     pub action: Option<Action>,
+    /// Of the most serious problem.
+    pub code: Option<Code>,
 }
 
 /// An operation that a person may want now.
@@ -69,19 +72,24 @@ struct Finding {
     text: String,
     remedy: String,
     action: Option<Action>,
+    code: Option<Code>,
 }
 
 impl Finding {
     fn bad(text: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Finding { level: Level::Bad, text: text.into(), remedy: remedy.into(), action: None }
+        Finding { level: Level::Bad, text: text.into(), remedy: remedy.into(), action: None, code: None }
     }
 
     fn warning(text: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Finding { level: Level::Warning, text: text.into(), remedy: remedy.into(), action: None }
+        Finding { level: Level::Warning, text: text.into(), remedy: remedy.into(), action: None, code: None }
     }
 
     fn with(self, action: Action) -> Self {
         Finding { action: Some(action), ..self }
+    }
+
+    fn coded(self, code: impl Into<Option<Code>>) -> Self {
+        Finding { code: code.into(), ..self }
     }
 }
 
@@ -95,11 +103,12 @@ impl Status {
             self.is_stale(now, max_staleness) && self.state != State::Connecting && self.state != State::Stopping;
         if stale && !self.paused {
             let text = format!("Redis is not known to be current: {}.", self.staleness(now, max_staleness).join("; "));
-            problems
-                .push(Finding::bad(text, "Find out what holds it up: the server that does not answer, or a backlog."));
+            let remedy = "Find out what holds it up: the server that does not answer, or a backlog.";
+            problems.push(Finding::bad(text, remedy).coded(Code::Stale));
         }
         if problems.is_empty() && !reasons.is_empty() {
-            problems.push(Finding::bad(format!("Not ready: {}.", reasons.join("; ")), "See the log."));
+            let text = format!("Not ready: {}.", reasons.join("; "));
+            problems.push(Finding::bad(text, "See the log.").coded(Code::NotReady));
         }
         if problems.is_empty() {
             return self.good();
@@ -114,7 +123,8 @@ impl Status {
             }
         }
         let action = problems.iter().find_map(|problem| problem.action);
-        Verdict { level, text: texts.join(" "), remedy: remedies.join("\n"), action }
+        let code = problems.first().and_then(|problem| problem.code);
+        Verdict { level, text: texts.join(" "), remedy: remedies.join("\n"), action, code }
     }
 
     fn good(&self) -> Verdict {
@@ -125,7 +135,8 @@ impl Status {
             (_, Some(operation)) => format!("All is well; a {operation} is under way."),
             (_, None) => "All is well: every table is in the cache and follows Postgres.".to_owned(),
         };
-        let mut verdict = Verdict { level: Level::Good, text, remedy: "Nothing to do.".to_owned(), action: None };
+        let mut verdict =
+            Verdict { level: Level::Good, text, remedy: "Nothing to do.".to_owned(), action: None, code: None };
         if let Some(repaired) =
             self.last_verify.as_ref().map(|last| last.tally.repaired).filter(|repaired| *repaired > 0)
         {
@@ -151,7 +162,8 @@ impl Status {
         problems.extend(self.not_compared());
         if self.dead_letters() > 0 {
             let text = format!("{} could not become a row in Redis.", counted(self.dead_letters(), "change"));
-            problems.push(Finding::warning(text, "Look at the dead letters: each says its table, key and reason."));
+            let remedy = "Look at the dead letters: each says its table, key and reason.";
+            problems.push(Finding::warning(text, remedy).coded(Code::DeadLetter));
         }
         problems.extend(self.more_dead_letters());
         problems
@@ -164,16 +176,18 @@ impl Status {
         };
         let silent = self.last_contact.map(|at| now.instant.saturating_duration_since(at)).filter(|s| *s > SILENT);
         match (self.state, &self.waiting_for) {
-            (State::Stopping, _) => Some(Finding::warning("Stopping.", "A restart goes on where it was.")),
+            (State::Stopping, _) => {
+                Some(Finding::warning("Stopping.", "A restart goes on where it was.").coded(Code::Stopping))
+            }
             (State::Stalled, waiting) => {
                 let waiting = waiting.as_deref().unwrap_or("a server");
                 let text = format!("Stalled: {waiting}.{kept}");
-                Some(Finding::bad(text, "Mend what it names; it tries again by itself."))
+                Some(Finding::bad(text, "Mend what it names; it tries again by itself.").coded(self.waiting_code))
             }
             (State::Connecting, Some(waiting)) => {
                 let remedy = "If that server is just starting, wait. Else see that it runs, and that address and \
                               password are right.";
-                Some(Finding::bad(format!("Not connected: {waiting}.{kept}"), remedy))
+                Some(Finding::bad(format!("Not connected: {waiting}.{kept}"), remedy).coded(self.waiting_code))
             }
             (State::Connecting, None) => {
                 let remedy = "Wait. If it lasts, see that both servers run and can be reached.";
@@ -182,13 +196,14 @@ impl Status {
             // While the stream runs, `waiting_for` names what fails beside it.
             (State::Healing, Some(waiting)) if self.beside_stream.is_none() => {
                 let text = format!("Finding out what Redis and Postgres have: {waiting}.");
-                Some(Finding::warning(text, "Wait. Readers get 503 meanwhile."))
+                Some(Finding::warning(text, "Wait. Readers get 503 meanwhile.").coded(Code::Healing))
             }
             // A standby's `waiting_for` names the holder of the slot.
             (State::Standby | State::Streaming | State::CatchingUp | State::Loading | State::Healing, _) => {
                 if let Some(silent) = silent {
                     let text = format!("Postgres has not answered for {} s.", silent.as_secs());
-                    return Some(Finding::warning(text, "See that it runs and can be reached."));
+                    let remedy = "See that it runs and can be reached.";
+                    return Some(Finding::warning(text, remedy).coded(Code::PostgresUnreachable));
                 }
                 // While paused, nothing catches up.
                 (self.state == State::CatchingUp && !self.paused).then(|| {
@@ -229,7 +244,8 @@ impl Status {
             _ => false,
         });
         if lost.is_empty() && partial.is_empty() && self.healing_slots == 0 {
-            return Finding::warning(text, "Resume when you are done: prefetchd resume.").with(Action::Resume);
+            let remedy = "Resume when you are done: prefetchd resume.";
+            return Finding::warning(text, remedy).with(Action::Resume).coded(Code::Paused);
         }
         if !lost.is_empty() {
             text += &format!(
@@ -248,7 +264,8 @@ impl Status {
                 " Not all rows of {partial} are in Redis: reads that miss get 503, and nothing is loaded before you resume."
             );
         }
-        Finding::bad(text, "Resume: prefetchd resume. What is missing is loaded then.").with(Action::Resume)
+        let remedy = "Resume: prefetchd resume. What is missing is loaded then.";
+        Finding::bad(text, remedy).with(Action::Resume).coded(Code::Paused)
     }
 
     /// Tables that are being loaded, or whose state is unknown.
@@ -261,27 +278,28 @@ impl Status {
         let healing = of_state(TableState::Healing);
         if !healing.is_empty() {
             let text = format!("Healing {}. Readers get 503 meanwhile.", loads(&healing, now));
-            problems.push(Finding::warning(text, "Wait: every row is loaded again from Postgres."));
+            let remedy = "Wait: every row is loaded again from Postgres.";
+            problems.push(Finding::warning(text, remedy).coded(Code::Healing));
         }
         if self.healing_slots > 0 {
             let text = format!(
                 "Healing {}. Readers of what lies there get 503 meanwhile, others do not.",
                 counted(self.healing_slots, "hash slot")
             );
-            problems.push(Finding::warning(text, "Wait: it is loaded again from Postgres."));
+            problems.push(Finding::warning(text, "Wait: it is loaded again from Postgres.").coded(Code::Healing));
         }
         let loading = of_state(TableState::Loading);
         if !loading.is_empty() {
             let text = format!("Loading {}.", loads(&loading, now));
             let remedy = "Wait. Rows that are there are served; of the others nobody says that they do not exist.";
-            problems.push(Finding::warning(text, remedy));
+            problems.push(Finding::warning(text, remedy).coded(Code::Loading));
         }
         let again = self.tables.iter().filter(|t| t.blocked.is_none() && !t.removed);
         let again = again.filter(|t| t.state == Some(TableState::Incomplete)).map(|t| t.name.to_string());
         let again = listed(&again.collect::<Vec<_>>());
         if !again.is_empty() {
             let text = format!("Some rows of {again} are being read again from Postgres.");
-            problems.push(Finding::warning(text, "Wait."));
+            problems.push(Finding::warning(text, "Wait.").coded(Code::Loading));
         }
         problems
     }
@@ -294,7 +312,7 @@ impl Status {
         }
         let text = format!("Keys of {removed} were removed, and are not loaded again.");
         let remedy = "prefetchd refetch brings them back. Until then readers get 503 for what is not there.";
-        Some(Finding::bad(text, remedy).with(Action::Refetch))
+        Some(Finding::bad(text, remedy).with(Action::Refetch).coded(Code::Incomplete))
     }
 
     fn slot(&self) -> Option<Finding> {
@@ -303,19 +321,20 @@ impl Status {
             let text = format!("The slot keeps {} of WAL, of {} that it may.", size(kept), size(limit));
             let remedy = "Beyond its limit Postgres gives the slot up, and every table is loaded again: find out why \
                           changes are not confirmed, or raise max_slot_wal_keep_size.";
-            Finding::bad(text, remedy)
+            Finding::bad(text, remedy).coded(Code::SlotNearLimit)
         })
     }
 
     fn blocked(&self) -> Vec<Finding> {
         let blocked: Vec<_> = self.tables.iter().filter_map(|t| Some((&t.name, t.blocked.as_ref()?))).collect();
         let finding = |(name, why): &(&Arc<str>, &Blocked)| {
-            Finding::bad(format!("Table {name} is blocked: {}.", why.because), why.remedy.as_str())
+            Finding::bad(format!("Table {name} is blocked: {}.", why.because), why.remedy.as_str()).coded(Code::Blocked)
         };
         let mut findings: Vec<Finding> = blocked.iter().take(MOST_NAMES).map(finding).collect();
         if let Some(more) = blocked.len().checked_sub(MOST_NAMES).filter(|more| *more > 0) {
             let text = format!("{} more are blocked.", counted(more as u64, "table"));
-            findings.push(Finding::bad(text, "The list of tables has the cause and the remedy of each."));
+            let remedy = "The list of tables has the cause and the remedy of each.";
+            findings.push(Finding::bad(text, remedy).coded(Code::Blocked));
         }
         findings
     }
@@ -334,7 +353,7 @@ impl Status {
         let tables = listed(&differ.iter().map(|table| table.name.to_string()).collect::<Vec<_>>());
         (!differ.is_empty()).then(|| {
             let text = format!("A verify of {tables} found drift, not repaired: {}.", found.join(", "));
-            Finding::warning(text, "prefetchd verify --repair mends this.").with(Action::Repair)
+            Finding::warning(text, "prefetchd verify --repair mends this.").with(Action::Repair).coded(Code::Drift)
         })
     }
 
@@ -347,7 +366,8 @@ impl Status {
         }
         let finding = |(why, tables): (&str, Vec<String>)| {
             let tables = listed(&tables);
-            Finding::warning(format!("{tables} could not be compared with Postgres: {}", sentence(why)), "")
+            let text = format!("{tables} could not be compared with Postgres: {}", sentence(why));
+            Finding::warning(text, "").coded(Code::NotCompared)
         };
         causes.into_iter().map(finding).collect()
     }
@@ -359,7 +379,8 @@ impl Status {
             let text = format!(
                 "More rows of {tables} cannot be held by Redis than are on record: what is missing of it is 503."
             );
-            Finding::warning(text, "Mend what the dead letters name, then prefetchd refetch --table with its name.")
+            let remedy = "Mend what the dead letters name, then prefetchd refetch --table with its name.";
+            Finding::warning(text, remedy).coded(Code::DeadLetter)
         })
     }
 

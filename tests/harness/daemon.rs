@@ -5,6 +5,7 @@ use super::{Answer, Cluster, PATIENCE, POLL, Postgres, Redis, eventually, post, 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use prefetchd::cli::servers::on_path;
+use prefetchd::code::Code;
 use prefetchd::lsn::Lsn;
 use prefetchd::plan::key::parse_template;
 use serde_json::Value;
@@ -251,8 +252,13 @@ impl Log {
         let bad = |line: &&Value| {
             !matches!(line["level"].as_str(), Some("INFO" | "DEBUG" | "TRACE")) && line["verdict"].is_null()
         };
-        let texts = self.lines.iter().filter(bad).map(ToString::to_string);
-        texts.filter(|text| !self.allowed.iter().any(|allowed| text.contains(allowed))).collect()
+        let is_allowed = |line: &&Value| {
+            let (text, code) = (line.to_string(), line["code"].as_str());
+            // What a person may look up.
+            let has_code = line["level"].is_null() || code.and_then(Code::of).is_some();
+            has_code && self.allowed.iter().any(|allowed| text.contains(allowed))
+        };
+        self.lines.iter().filter(bad).filter(|line| !is_allowed(line)).map(ToString::to_string).collect()
     }
 }
 

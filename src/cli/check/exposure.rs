@@ -3,6 +3,7 @@
 //! It examines the configuration and this process, and contacts no server.
 
 use super::{Failure, Findings};
+use crate::code::Code;
 use crate::config::Config;
 use crate::password::Password;
 use crate::sink::connect::RedisTarget;
@@ -13,20 +14,24 @@ use std::collections::HashMap;
 pub(super) fn look(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
     if geteuid().is_root() {
         findings.warn(
+            Code::RunsAsRoot,
             "process: this runs as root, which prefetchd never needs: run the daemon as a user of its own, as \
              deploy/prefetchd.service does",
         )?;
     }
     for name in secret_variables(|name| std::env::var(name).ok()) {
-        findings.warn(format!(
-            "environment: {name} holds a password, which every program started from here inherits, and \
+        findings.warn(
+            Code::SecretExposed,
+            format!(
+                "environment: {name} holds a password, which every program started from here inherits, and \
              systemctl show prints for a unit: use postgres.password_file and redis.password_file"
-        ))?;
+            ),
+        )?;
     }
     let postgres = &config.postgres;
     for (key, target) in [("url", Some(&postgres.target)), ("reader_url", postgres.reader.as_ref())] {
         if let Some(target) = target.filter(|target| target.is_unverified()) {
-            findings.warn(format!(
+            findings.warn(Code::TlsUnverified, format!(
                 "postgres: nothing verifies the identity of {}, so a third party on the network can impersonate it: set \
                  sslmode=verify-full in postgres.{key}",
                 target.describe()
@@ -35,13 +40,14 @@ pub(super) fn look(config: &Config, findings: &mut Findings) -> Result<(), Failu
     }
     let redis = &config.redis.target;
     if redis.is_unverified() {
-        findings.warn(format!(
+        findings.warn(Code::TlsUnverified, format!(
             "redis: nothing verifies the identity of {redis}, so a third party on the network can impersonate it: remove \
              insecure from redis.url, and name its CA with cacert"
         ))?;
     }
     if redis.sends_password_in_clear() {
-        findings.warn(format!("redis: password and rows go to {redis} in clear text: use rediss:// in redis.url"))?;
+        let text = format!("redis: password and rows go to {redis} in clear text: use rediss:// in redis.url");
+        findings.warn(Code::RedisPlaintext, text)?;
     }
     Ok(())
 }

@@ -11,8 +11,9 @@ mod sink;
 mod source;
 
 use super::client::Client;
-use super::{EX_CONFIG, Failure, print, printable, runtime};
-use crate::config::Config;
+use super::{EX_CONFIG, Failure, print, printable, runtime, say};
+use crate::code::{Code, INSTALLED};
+use crate::config::{Config, Warning};
 use crate::error::Disposition;
 use crate::schema::TableSpec;
 use crate::source::SourceError;
@@ -41,6 +42,8 @@ enum Level {
 #[derive(Debug)]
 struct Finding {
     level: Level,
+    /// Of every problem, and of nothing that is good.
+    code: Option<Code>,
     /// One line.
     text: String,
     alike: Option<Alike>,
@@ -84,39 +87,38 @@ impl Findings {
 
     fn add(&mut self, finding: Finding) -> Result<(), Failure> {
         let printed = match self.detail {
-            Detail::Everything => print(&format!("{}\n", line(finding.level, &finding.text))),
+            Detail::Everything => print(&format!("{}\n", finding.line(""))),
             Detail::Problems => Ok(()),
         };
         self.all.push(finding);
         printed
     }
 
-    fn say(&mut self, level: Level, text: &str) -> Result<(), Failure> {
-        self.add(Finding { level, text: printable(text), alike: None })
-    }
-
     fn ok(&mut self, text: impl AsRef<str>) -> Result<(), Failure> {
-        self.say(Level::Ok, text.as_ref())
+        self.add(Finding { level: Level::Ok, code: None, text: printable(text.as_ref()), alike: None })
     }
 
-    fn warn(&mut self, text: impl AsRef<str>) -> Result<(), Failure> {
-        self.say(Level::Warn, text.as_ref())
+    fn problem(&mut self, level: Level, code: Code, text: &str) -> Result<(), Failure> {
+        self.add(Finding { level, code: Some(code), text: printable(text), alike: None })
     }
 
-    fn fail(&mut self, text: impl AsRef<str>) -> Result<(), Failure> {
-        self.say(Level::Fail, text.as_ref())
+    fn warn(&mut self, code: Code, text: impl AsRef<str>) -> Result<(), Failure> {
+        self.problem(Level::Warn, code, text.as_ref())
+    }
+
+    fn fail(&mut self, code: Code, text: impl AsRef<str>) -> Result<(), Failure> {
+        self.problem(Level::Fail, code, text.as_ref())
     }
 
     /// A finding that other objects may have as well. `kind` says what it is without the object's name.
-    fn alike(&mut self, level: Level, kind: String, name: &str, text: &str) -> Result<(), Failure> {
+    fn alike(&mut self, level: Level, code: Code, kind: String, name: &str, text: &str) -> Result<(), Failure> {
         let alike = Alike { kind, name: printable(name) };
-        self.add(Finding { level, text: printable(text), alike: Some(alike) })
+        self.add(Finding { level, code: Some(code), text: printable(text), alike: Some(alike) })
     }
 
-    fn of_table(&mut self, level: Level, spec: &TableSpec, text: impl AsRef<str>) -> Result<(), Failure> {
-        let text = text.as_ref();
+    fn of_table(&mut self, level: Level, code: Code, spec: &TableSpec, text: &str) -> Result<(), Failure> {
         let kind = text.replace(&spec.table.to_string(), "");
-        self.alike(level, kind, &spec.name, &format!("table {}: {text}", spec.name))
+        self.alike(level, code, kind, &spec.name, &format!("table {}: {text}", spec.name))
     }
 
     /// Returns `None` for an error, which is a finding.
@@ -124,7 +126,7 @@ impl Findings {
         match result {
             Ok(value) => Ok(Some(value)),
             Err(error) => {
-                self.say(level(error.disposition()), &format!("postgres: {error}"))?;
+                self.problem(level(error.disposition()), error.code(), &format!("postgres: {error}"))?;
                 Ok(None)
             }
         }
@@ -139,7 +141,7 @@ impl Findings {
         let mut out = String::new();
         let mut told: HashSet<(Level, &str)> = HashSet::new();
         for finding in self.all.iter().filter(|finding| levels.contains(&finding.level)) {
-            let Finding { level, text, alike } = finding;
+            let Finding { level, alike, .. } = finding;
             let kind = alike.as_ref().map(|alike| alike.kind.as_str());
             let same = |other: &&Finding| {
                 other.level == *level && other.alike.as_ref().map(|alike| alike.kind.as_str()) == kind
@@ -160,7 +162,7 @@ impl Findings {
                 }
                 _ => String::new(),
             };
-            let _ = writeln!(out, "{}{further}", line(*level, text));
+            let _ = writeln!(out, "{}", finding.line(&further));
         }
         out
     }
@@ -170,7 +172,7 @@ impl Findings {
         let mut out = match (self.detail, self.count(Level::Ok)) {
             (Detail::Problems, passed @ 1..) => {
                 let them = if passed == 1 { "it" } else { "them" };
-                line(Level::Ok, &format!("{} passed (--all shows {them})", counted(passed, "check"))) + "\n"
+                format!("ok    {} passed (--all shows {them})\n", counted(passed, "check"))
             }
             _ => String::new(),
         };
@@ -201,19 +203,33 @@ impl Findings {
     fn outcome(&self) -> Result<(), Failure> {
         match (self.count(Level::Fail), self.count(Level::Unreachable)) {
             (0, 0) => Ok(()),
-            (0, _) => Err(Failure { code: 1, message: None }),
-            (_, _) => Err(Failure { code: EX_CONFIG, message: None }),
+            (0, _) => Err(Failure::silent(1)),
+            (_, _) => Err(Failure::silent(EX_CONFIG)),
         }
     }
 }
 
-fn line(level: Level, text: &str) -> String {
-    let word = match level {
-        Level::Ok => "ok  ",
-        Level::Warn => "warn",
-        Level::Fail | Level::Unreachable => "fail",
-    };
-    format!("{word}  {text}")
+impl Finding {
+    /// As one line. `further`: other objects of which it is true.
+    fn line(&self, further: &str) -> String {
+        let Finding { level, code, text, .. } = self;
+        let word = match level {
+            Level::Ok => "ok  ",
+            Level::Warn => "warn",
+            Level::Fail | Level::Unreachable => "fail",
+        };
+        format!("{word}  {text}{further}{}", code.map_or(String::new(), mark))
+    }
+}
+
+/// The end of a line, which in TOML and in a shell is a comment: what is to be pasted often stands before it.
+fn mark(code: Code) -> String {
+    format!("  #{}", code.as_str())
+}
+
+/// Not among the findings, which programs may read.
+fn say_where_sections_are() {
+    say(&format!("each #code is a section of {INSTALLED}; prefetchd explain CODE prints it"));
 }
 
 fn level(disposition: Disposition) -> Level {
@@ -235,21 +251,26 @@ pub(super) fn run(file: Option<&Path>, args: &CheckArgs) -> Result<(), Failure> 
         Ok(config) => config,
         Err(error) => {
             // Its line breaks are kept, because it may show how to begin a file.
-            print(&format!("fail  configuration: {}\n", terminal::message(&error.to_string())))?;
-            return Err(Failure { code: EX_CONFIG, message: None });
+            let text = terminal::message(&error.to_string());
+            print(&format!("fail  configuration: {text}{}\n", mark(error.code)))?;
+            say_where_sections_are();
+            return Err(Failure::silent(EX_CONFIG));
         }
     };
     let mut findings = Findings::of(if args.all { Detail::Everything } else { Detail::Problems });
     runtime()?.block_on(look(&config, &mut findings))?;
     print(&findings.report())?;
+    if findings.all.iter().any(|finding| finding.code.is_some()) {
+        say_where_sections_are();
+    }
     findings.outcome()
 }
 
 async fn look(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
     let names: Vec<&str> = config.tables.iter().map(|t| t.name.as_str()).collect();
     findings.ok(format!("configuration: valid, tables {}", first_of(&names)))?;
-    for warning in &config.warnings {
-        findings.warn(format!("configuration: {warning}"))?;
+    for Warning { code, text } in &config.warnings {
+        findings.warn(*code, format!("configuration: {text}"))?;
     }
     listen(config, findings)?;
     exposure::look(config, findings)?;
@@ -262,7 +283,7 @@ pub(super) async fn everything(config: &Config) -> String {
     let mut findings = Findings::default();
     // Only printing fails, and nothing is printed.
     let _ = look(config, &mut findings).await;
-    let lines = findings.all.iter().map(|finding| line(finding.level, &finding.text) + "\n");
+    let lines = findings.all.iter().map(|finding| finding.line("") + "\n");
     lines.collect::<String>() + &findings.summary() + "\n"
 }
 
@@ -283,7 +304,10 @@ fn listen(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
         Ok(_) => true,
         Err(error) if error.kind() == ErrorKind::AddrInUse && listen.port() != 0 => false,
         Err(error) => {
-            return findings.fail(format!("http: cannot listen on {listen}: {error}; choose another http.listen"));
+            return findings.fail(
+                Code::ListenAddress,
+                format!("http: cannot listen on {listen}: {error}; choose another http.listen"),
+            );
         }
     };
     if !free {
@@ -291,16 +315,19 @@ fn listen(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
             Listening::Same => {
                 findings.ok(format!("http: a prefetchd with slot {} listens on {listen}", config.postgres.slot))?;
             }
-            Listening::Silent => findings.warn(format!(
+            Listening::Silent => findings.warn(Code::ListenerUnclear, format!(
                 "http: a prefetchd that does not tell its slot now listens on {listen}: run check again later, and make sure \
                  that it is the one with slot {}",
                 config.postgres.slot
             ))?,
-            Listening::Starting => findings.warn(format!(
+            Listening::Starting => findings.warn(Code::ListenerUnclear, format!(
                 "http: a prefetchd that has not reached postgres yet listens on {listen}: make sure that it is the one with slot {}",
                 config.postgres.slot
             ))?,
-            Listening::Other(who) => findings.fail(format!("http: {listen} is taken by {}", taken(who, listen)))?,
+            Listening::Other(who) => {
+                let text = format!("http: {listen} is taken by {}", taken(who, listen));
+                findings.fail(Code::ListenAddress, text)?;
+            }
         }
     }
     if free && listen.ip().is_loopback() {
@@ -309,10 +336,13 @@ fn listen(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
     if listen.ip().is_loopback() {
         return Ok(());
     }
-    findings.warn(format!(
-        "http: {listen} can be reached from other machines, and reads need no token: \
+    findings.warn(
+        Code::HttpExposed,
+        format!(
+            "http: {listen} can be reached from other machines, and reads need no token: \
          put a proxy or firewall in front, or listen on 127.0.0.1"
-    ))
+        ),
+    )
 }
 
 const STRANGER: &str = "another program";
@@ -411,7 +441,7 @@ fn clocks(postgres: Option<Clock>, redis: Option<Clock>, findings: &mut Findings
     let from_each_other = matches!(known[..], [(_, a), (_, b)] if a.is_apart(b));
     match known.iter().any(apart) || from_each_other {
         false => findings.ok(format!("clocks: agree with this machine's ({list})")),
-        true => findings.warn(format!(
+        true => findings.warn(Code::ClocksDiffer, format!(
             "clocks: {list} compared with this machine's: the measured sync lag is wrong by that much; synchronize them with NTP"
         )),
     }
@@ -428,9 +458,9 @@ mod tests {
     fn after(findings: &[Level]) -> Option<u8> {
         let mut all = Findings::default();
         for level in findings {
-            all.say(*level, "a finding").expect("nothing is printed");
+            all.problem(*level, Code::Internal, "a finding").expect("nothing is printed");
         }
-        all.outcome().err().map(|failure| failure.code)
+        all.outcome().err().map(|failure| failure.exit)
     }
 
     #[test]
@@ -449,10 +479,11 @@ mod tests {
     #[test]
     fn what_is_good_is_counted_and_the_worst_comes_last() {
         let mut findings = Findings::default();
-        for (level, text) in [(Level::Fail, "a"), (Level::Ok, "b"), (Level::Warn, "c"), (Level::Ok, "d")] {
-            findings.say(level, text).expect("nothing is printed");
-        }
-        let report = "ok    2 checks passed (--all shows them)\nwarn  c\nfail  a\n\
+        findings.fail(Code::WalLevel, "a").expect("nothing is printed");
+        findings.ok("b").expect("nothing is printed");
+        findings.warn(Code::SqlAscii, "c").expect("nothing is printed");
+        findings.ok("d").expect("nothing is printed");
+        let report = "ok    2 checks passed (--all shows them)\nwarn  c  #sql-ascii\nfail  a  #wal-level\n\
                       not ready: 1 problem must be fixed, 1 warning\n";
         assert_eq!(findings.report(), report);
         let mut one = Findings::default();
@@ -466,22 +497,27 @@ mod tests {
             let mut findings = Findings::default();
             for n in 1..=tables {
                 let text = format!("table t{n}: no key in t{n}");
-                findings.alike(Level::Fail, "no key".to_owned(), &format!("t{n}"), &text).expect("nothing is printed");
+                let (name, kind) = (format!("t{n}"), "no key".to_owned());
+                findings.alike(Level::Fail, Code::TableIdentity, kind, &name, &text).expect("nothing is printed");
             }
-            findings.alike(Level::Warn, "no key".to_owned(), "x", "table x: other").expect("nothing is printed");
+            let (code, kind) = (Code::TableHeirs, "no key".to_owned());
+            findings.alike(Level::Warn, code, kind, "x", "table x: other").expect("nothing is printed");
             findings.report()
         };
         for few in 0..=ALIKE_SHOWN {
             assert_eq!(report(few).matches("fail  table t").count(), few);
         }
-        assert!(
-            report(4).contains("fail  table t1: no key in t1; the same for 3 more: t2, t3, t4 (--all shows each)\n")
-        );
+        assert!(report(4).contains(
+            "fail  table t1: no key in t1; the same for 3 more: t2, t3, t4 (--all shows each)  #table-identity\n"
+        ));
         let many = report(300);
+        assert!(many.contains(
+            "fail  table t1: no key in t1; the same for 299 more: t2, t3, t4, … (--all shows each)  #table-identity\n"
+        ));
         assert!(
-            many.contains("fail  table t1: no key in t1; the same for 299 more: t2, t3, t4, … (--all shows each)\n")
+            many.contains("warn  table x: other  #table-heirs\n")
+                && many.ends_with("300 problems must be fixed, 1 warning\n")
         );
-        assert!(many.contains("warn  table x: other\n") && many.ends_with("300 problems must be fixed, 1 warning\n"));
         assert_eq!(many.lines().count(), 3, "{many}");
     }
 

@@ -3,6 +3,7 @@
 use super::{Clock, Failure, Findings, Level, level, size};
 use crate::bridge::context::{own_keys, prefixes};
 use crate::checkpoint::Checkpoint;
+use crate::code::Code;
 use crate::config::Config;
 use crate::resp::batch::{Limits, OwnKeys};
 use crate::sink::any_reader::AnyReader;
@@ -53,7 +54,7 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
                 SinkError::Replica { .. } => Level::Fail,
                 other => level(other.disposition()),
             };
-            findings.say(level, &format!("redis: {error}"))?;
+            findings.problem(level, error.code(), &format!("redis: {error}"))?;
             return Ok(None);
         }
     };
@@ -61,7 +62,7 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
     findings.ok(format!("redis: {target} answers, {software}"))?;
     cluster(config, findings).await?;
     for lost in writer.lost() {
-        findings.warn(format!("redis: {lost}"))?;
+        findings.warn(Code::RedisReduced, format!("redis: {lost}"))?;
     }
     rights(config, &own, findings).await?;
     let (keeping, clock) = keeping_and_clock(config, findings).await?;
@@ -83,7 +84,7 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
             Some(checkpoint)
         }
         Some(Err(error)) => {
-            findings.warn(format!("redis: {error}: every table will be loaded again"))?;
+            findings.warn(Code::CheckpointUnreadable, format!("redis: {error}: every table will be loaded again"))?;
             None
         }
         None => {
@@ -95,16 +96,23 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
     Ok(Some(Seen { checkpoint, server: writer.server().clone(), clock }))
 }
 
+fn failed(error: &SinkError, findings: &mut Findings) -> Result<(), Failure> {
+    findings.problem(level(error.disposition()), error.code(), &format!("redis: {error}"))
+}
+
 /// If Redis is a cluster, checks it as a whole. The node that matters has answered.
 async fn cluster(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
     let target = &config.redis.target;
     let Address::Cluster(cluster) = &target.address else { return Ok(()) };
     let topology = match Topology::discover(target).await {
         Ok(topology) => topology,
-        Err(error) => return findings.say(level(error.disposition()), &format!("redis: {error}")),
+        Err(error) => return failed(&error, findings),
     };
     if !topology.is_up() {
-        return findings.fail("redis: the cluster is down (cluster_state:fail): redis-cli --cluster check says why");
+        return findings.fail(
+            Code::RedisClusterDown,
+            "redis: the cluster is down (cluster_state:fail): redis-cli --cluster check says why",
+        );
     }
     let (masters, home) = (counted(topology.nodes().len(), "master"), cluster.home);
     match topology.master_of(home) {
@@ -115,15 +123,19 @@ async fn cluster(config: &Config, findings: &mut Findings) -> Result<(), Failure
             let at = &node.at;
             findings.ok(format!("redis: cluster of {masters}; all keys are in hash slot {home}, now at {at}"))?;
         }
-        None => findings.fail(format!("redis: no node serves hash slot {home}, in which all keys are"))?,
+        None => {
+            let text = format!("redis: no node serves hash slot {home}, in which all keys are");
+            findings.fail(Code::RedisClusterDown, text)?;
+        }
     }
     match topology.uncovered() {
         0 => Ok(()),
-        slots if config.lanes().is_some() => {
-            findings.fail(format!("redis: {slots} hash slots are served by no node: CLUSTER ADDSLOTS"))
+        slots => {
+            let level = if config.lanes().is_some() { Level::Fail } else { Level::Warn };
+            let (slots, are) = (counted(u64::from(slots), "hash slot"), if slots == 1 { "is" } else { "are" });
+            let text = format!("redis: {slots} {are} served by no node: CLUSTER ADDSLOTS");
+            findings.problem(level, Code::RedisClusterDown, &text)
         }
-        1 => findings.warn("redis: 1 hash slot is served by no node: CLUSTER ADDSLOTS"),
-        slots => findings.warn(format!("redis: {slots} hash slots are served by no node: CLUSTER ADDSLOTS")),
     }
 }
 
@@ -135,17 +147,18 @@ async fn rights(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Resu
     let tried = match survey::try_all(target, own, &prefixes, durability, config.lanes()).await {
         Ok(tried) => tried,
         Err(error) => {
-            findings.say(level(error.disposition()), &format!("redis: {error}"))?;
+            failed(&error, findings)?;
             return Ok(true);
         }
     };
     let faults = tried.faults(target);
     for fault in &faults {
-        findings.fail(format!("redis: {fault}"))?;
+        findings.fail(fault.code(), format!("redis: {fault}"))?;
     }
     if let Some(reply) = &tried.untested.first {
         let commands = tried.untested.commands.join(", ").to_uppercase();
-        findings.warn(format!("redis: {commands} could not be tested ({reply}): run check again later"))?;
+        let text = format!("redis: {commands} could not be tested ({reply}): run check again later");
+        findings.warn(Code::RedisBusy, text)?;
     }
     let user = target.user.as_deref().unwrap_or("default");
     match (faults.is_empty(), tried.untested.first.is_none()) {
@@ -170,7 +183,8 @@ async fn masters(config: &Config, findings: &mut Findings) -> Result<Option<Mast
         match answer {
             Ok(master) => seen.push((node.at.to_string(), master)),
             Err(error) => {
-                findings.say(level(error.disposition()), &format!("redis: master {}: {error}", node.at))?;
+                let text = format!("redis: master {}: {error}", node.at);
+                findings.problem(level(error.disposition()), error.code(), &text)?;
                 all = false;
             }
         }
@@ -194,7 +208,7 @@ fn several(masters: &Masters, findings: &mut Findings) -> Result<(), Failure> {
     });
     if limits.len() > 1 {
         let text = listed(&limits);
-        findings.warn(format!(
+        findings.warn(Code::RedisMastersDiffer, format!(
             "redis: maxmemory differs: {text}. Rows are spread as evenly as hash slots, so the smallest is full first"
         ))?;
     }
@@ -202,7 +216,10 @@ fn several(masters: &Masters, findings: &mut Findings) -> Result<(), Failure> {
     match kept.len() {
         0 => {}
         1 => kept.keys().try_for_each(|text| findings.ok(format!("redis: every master {text}")))?,
-        _ => findings.warn(format!("redis: the masters differ in what is left after a restart: {}", listed(&kept)))?,
+        _ => {
+            let text = format!("redis: the masters differ in what is left after a restart: {}", listed(&kept));
+            findings.warn(Code::RedisMastersDiffer, text)?;
+        }
     }
     let alone = on(&|master| master.keeping.replicas == Some(0));
     if !alone.is_empty() {
@@ -210,9 +227,12 @@ fn several(masters: &Masters, findings: &mut Findings) -> Result<(), Failure> {
             true => ", and no key on any node can be read (cluster-require-full-coverage yes)",
             false => "",
         };
-        findings.warn(format!(
-            "redis: no replica of {alone}: while such a master is away, nothing is written to any node{unread}"
-        ))?;
+        findings.warn(
+            Code::RedisNoReplica,
+            format!(
+                "redis: no replica of {alone}: while such a master is away, nothing is written to any node{unread}"
+            ),
+        )?;
     }
     Ok(())
 }
@@ -247,7 +267,7 @@ async fn keeping_and_clock(
     match looked.await {
         Ok((keeping, clock)) => Ok((Some(keeping), clock)),
         Err(error) => {
-            findings.say(level(error.disposition()), &format!("redis: {error}"))?;
+            failed(&error, findings)?;
             Ok((None, None))
         }
     }
@@ -283,12 +303,12 @@ async fn durability(config: &Config, own: &OwnKeys, findings: &mut Findings) -> 
     }
     match AnySyncer::try_out(&config.redis.target, own, wanted, config.lanes()).await {
         Ok(None) => findings.ok(format!("redis: provides redis.durability = \"{wanted}\"")),
-        Ok(Some(why)) => findings.warn(format!(
+        Ok(Some(why)) => findings.warn(Code::RedisDurability, format!(
             "redis: redis.durability = \"{wanted}\": {why}: while that is so, prefetchd is stalled and Postgres keeps the WAL"
         )),
         // Reported together with the other rights.
         Err(SinkError::Refused { reply, .. }) if reply.class() == Class::Denied => Ok(()),
-        Err(error) => findings.say(level(error.disposition()), &format!("redis: {error}")),
+        Err(error) => failed(&error, findings),
     }
 }
 
@@ -298,7 +318,7 @@ fn eviction(redis: &str, server: &ServerInfo, findings: &mut Findings) -> Result
         (Some(0), _) => findings.ok(format!("{redis}: no maxmemory, so nothing is evicted"))?,
         (Some(limit), Some("noeviction")) if server.room_bytes == Some(0) => {
             let used = size(server.used_memory_bytes.unwrap_or_default());
-            findings.fail(format!(
+            findings.fail(Code::RedisFull, format!(
                 "{redis}: it uses {used}, maxmemory is {}, and it refuses every write: CONFIG SET maxmemory {}mb (and the same in \
                  redis.conf), or remove keys",
                 size(limit),
@@ -310,19 +330,22 @@ fn eviction(redis: &str, server: &ServerInfo, findings: &mut Findings) -> Result
             let text = format!("{} of maxmemory {} used, noeviction", size(used), size(limit));
             findings.ok(format!("{redis}: {text}"))?;
         }
-        (Some(limit), Some(policy)) => findings.fail(format!(
+        (Some(limit), Some(policy)) => findings.fail(Code::RedisEvicts, format!(
             "{redis}: with maxmemory {} and {policy} it evicts keys of rows: CONFIG SET maxmemory-policy noeviction",
             size(limit)
         ))?,
         (Some(_), None) | (None, _) => {
-            findings.warn(format!(
+            findings.warn(Code::RedisEvicts, format!(
                 "{redis}: it does not report maxmemory and maxmemory-policy: make sure that the policy is noeviction"
             ))?;
         }
     }
     match server.evicted_keys {
-        Some(evicted) if evicted > 0 => findings
-            .warn(format!("{redis}: it has evicted {} since its start: give it more memory", counted(evicted, "key"))),
+        Some(evicted) if evicted > 0 => {
+            let evicted = counted(evicted, "key");
+            let text = format!("{redis}: it has evicted {evicted} since its start: give it more memory");
+            findings.warn(Code::RedisEvicts, text)
+        }
         _ => Ok(()),
     }
 }
@@ -344,7 +367,8 @@ fn batches(server: &ServerInfo, atomic_bytes: usize, findings: &mut Findings) ->
             let enough = (atomic_bytes * 2).max(1 << 30);
             let fact = format!("client-query-buffer-limit is {}", size(buffer as u64));
             let text = text(fact, takes);
-            findings.warn(format!("{text}: CONFIG SET client-query-buffer-limit {enough}, or lower the latter"))?;
+            let text = format!("{text}: CONFIG SET client-query-buffer-limit {enough}, or lower the latter");
+            findings.warn(Code::RedisLimits, text)?;
         }
     }
     if let Some(most) = server.clients.most_bytes {
@@ -353,9 +377,10 @@ fn batches(server: &ServerInfo, atomic_bytes: usize, findings: &mut Findings) ->
         if takes < atomic_bytes {
             let fact = format!("maxmemory-clients lets all clients together use {}", size(most as u64));
             let text = text(fact, takes);
-            findings.warn(format!(
-                "{text}: CONFIG SET maxmemory-clients 0, which removes the limit, or lower the latter"
-            ))?;
+            findings.warn(
+                Code::RedisLimits,
+                format!("{text}: CONFIG SET maxmemory-clients 0, which removes the limit, or lower the latter"),
+            )?;
         }
     }
     Ok(())
@@ -375,7 +400,7 @@ async fn foreign_keys(config: &Config, own: &OwnKeys, findings: &mut Findings) -
                 }
                 // Reported together with the other rights.
                 Err(SinkError::Refused { reply, .. }) if reply.class() == Class::Denied => return Ok(()),
-                Err(error) => return findings.say(level(error.disposition()), &format!("redis: {error}")),
+                Err(error) => return failed(&error, findings),
             }
             if cursor == 0 {
                 break;
@@ -389,7 +414,8 @@ async fn foreign_keys(config: &Config, own: &OwnKeys, findings: &mut Findings) -
                 area.prefix(),
                 table.table
             );
-            findings.alike(Level::Warn, "keys under a prefix".to_owned(), &format!("{:?}", area.prefix()), &text)?;
+            let (kind, prefix) = ("keys under a prefix".to_owned(), format!("{:?}", area.prefix()));
+            findings.alike(Level::Warn, Code::PrefixInUse, kind, &prefix, &text)?;
         }
     }
     Ok(())

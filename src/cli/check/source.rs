@@ -5,6 +5,7 @@ use super::{Clock, Failure, Findings, Level, clocks, level, size};
 use crate::bridge::context::application_name;
 use crate::bridge::{lookup_columns, room};
 use crate::checkpoint::{Checkpoint, SlotState};
+use crate::code::Code;
 use crate::config::{Config, Create};
 use crate::format::Format;
 use crate::loader::range::Sizes;
@@ -44,7 +45,7 @@ pub(super) async fn look(config: &Config, redis: Option<&Seen>, findings: &mut F
     let Some(facts) = findings.of_postgres(slot::server_facts(client).await)? else { return Ok(()) };
     server(config, &facts, &name, findings)?;
     if findings.of_postgres(survey::is_superuser(client).await)? == Some(true) {
-        findings.warn(format!(
+        findings.warn(Code::PostgresSuperuser, format!(
             "postgres: role {} is a superuser, whose password gives access to the whole server: use a role with the rights of \
              migrations/002_role.sql",
             config.postgres.target.user
@@ -79,7 +80,7 @@ pub(super) async fn look(config: &Config, redis: Option<&Seen>, findings: &mut F
     let held = matches!(slot, Some(SlotState::Ready { active_pid: Some(_), .. }));
     if facts.free_walsenders == 0 {
         let text = "postgres: no replication connection is free: raise max_wal_senders, or end another one";
-        findings.say(if held { Level::Warn } else { Level::Fail }, text)?;
+        findings.problem(if held { Level::Warn } else { Level::Fail }, Code::WalSenders, text)?;
     } else if let Some(identity) = identify(config, &name, findings).await? {
         same_server(&identity, found, findings)?;
     }
@@ -115,12 +116,14 @@ fn server(config: &Config, facts: &ServerFacts, name: &str, findings: &mut Findi
     let major = facts.version_num / 10_000;
     let at = config.postgres.target.describe();
     if facts.version_num < OLDEST_POSTGRES {
-        findings.fail(format!("postgres: {at} is version {major}: prefetchd needs 14 or newer"))?;
+        findings
+            .fail(Code::PostgresVersion, format!("postgres: {at} is version {major}: prefetchd needs 14 or newer"))?;
     } else {
         findings.ok(format!("postgres: {at} answers, {major}.{}", facts.version_num % 10_000))?;
     }
     if facts.in_recovery {
-        findings.fail("postgres: it is a standby in recovery: point postgres.url at the primary")?;
+        let text = "postgres: it is a standby in recovery: point postgres.url at the primary";
+        findings.fail(Code::PostgresStandby, text)?;
     }
     match facts.wal_level.as_str() {
         "logical" => findings.ok("postgres: wal_level = logical")?,
@@ -131,11 +134,12 @@ fn server(config: &Config, facts: &ServerFacts, name: &str, findings: &mut Findi
             ))?;
         }
         other => {
-            findings.fail(format!("postgres: wal_level = {other}: {} then restart postgres", Sql::WalLevelLogical))?
+            let text = format!("postgres: wal_level = {other}: {} then restart postgres", Sql::WalLevelLogical);
+            findings.fail(Code::WalLevel, text)?;
         }
     }
     if facts.names_as_synchronous_standby(name) {
-        findings.fail(format!(
+        findings.fail(Code::SynchronousStandby, format!(
             "postgres: synchronous_standby_names = {:?} makes prefetchd a synchronous standby, for which commits wait: \
              name your standbys there",
             facts.synchronous_standby_names
@@ -143,13 +147,15 @@ fn server(config: &Config, facts: &ServerFacts, name: &str, findings: &mut Findi
     }
     if facts.encoding == "SQL_ASCII" {
         findings.warn(
+            Code::SqlAscii,
             "postgres: the database is SQL_ASCII: values reach Redis in the encoding in which they were written",
         )?;
     }
     if config.postgres.failover && facts.version_num < FAILOVER_SINCE {
-        findings.fail(format!(
-            "postgres: {major} has no failover slots: set postgres.failover = false, or upgrade to 17"
-        ))?;
+        findings.fail(
+            Code::FailoverSlots,
+            format!("postgres: {major} has no failover slots: set postgres.failover = false, or upgrade to 17"),
+        )?;
     }
     Ok(())
 }
@@ -157,7 +163,7 @@ fn server(config: &Config, facts: &ServerFacts, name: &str, findings: &mut Findi
 /// Checks the role that only reads.
 async fn reader_found(role: &str, reads: &PostgresClient, findings: &mut Findings) -> Result<(), Failure> {
     match findings.of_postgres(slot::may_replicate(reads).await)? {
-        Some(true) => findings.warn(format!(
+        Some(true) => findings.warn(Code::ReaderReplicates, format!(
             "postgres: role {role} of postgres.reader_url may replicate: functions that table owners attach to their tables can \
              run as this role: {}",
             Sql::NoReplication { role }
@@ -177,14 +183,18 @@ fn connections(limits: &ConnectionLimits, findings: &mut Findings) -> Result<boo
         let (least, wanted) = (limit.least, limit.wanted);
         if left < least {
             enough = false;
-            findings.fail(format!(
-                "postgres: {fact}, and prefetchd needs {least} of them, {wanted} to load fast: {remedy}"
-            ))?;
+            findings.fail(
+                Code::PostgresConnections,
+                format!("postgres: {fact}, and prefetchd needs {least} of them, {wanted} to load fast: {remedy}"),
+            )?;
         } else if left < wanted {
             enough = false;
-            findings.warn(format!(
-                "postgres: {fact}, and prefetchd opens up to {wanted}: with fewer, it loads more slowly: {remedy}"
-            ))?;
+            findings.warn(
+                Code::PostgresConnections,
+                format!(
+                    "postgres: {fact}, and prefetchd opens up to {wanted}: with fewer, it loads more slowly: {remedy}"
+                ),
+            )?;
         }
     }
     Ok(enough)
@@ -203,7 +213,7 @@ async fn socket(config: &Config, client: &PostgresClient, name: &str, findings: 
             let (directory, port) = (directory.to_string_lossy(), port.to_string());
             let pairs = [("host", &*directory), ("port", &port), ("user", &target.user), ("dbname", &target.database)];
             let url = Conninfo(&pairs).to_string();
-            return findings.warn(format!(
+            return findings.warn(Code::PostgresSocket, format!(
                 "postgres: reached over TCP, although it has a socket on this machine: changes arrive twice as fast with postgres.url = {}",
                 Toml(&url)
             ));
@@ -228,10 +238,10 @@ async fn in_the_way(config: &Config, client: &PostgresClient, findings: &mut Fin
         return Ok(());
     }
     let list = open.iter().map(|one| one.blocker.to_string()).collect::<Vec<_>>().join(", ");
-    findings.warn(format!(
-        "slot {}: creating it will wait until these transactions have ended: {list}",
-        config.postgres.slot
-    ))
+    findings.warn(
+        Code::SlotWaits,
+        format!("slot {}: creating it will wait until these transactions have ended: {list}", config.postgres.slot),
+    )
 }
 
 /// A slot decodes with the catalog as of its position, at which the publication must already exist.
@@ -246,9 +256,9 @@ async fn publication_age(config: &Config, client: &PostgresClient, findings: &mu
     );
     match config.postgres.create {
         Create::WhereMissing => {
-            findings.warn(format!("{fact}: the next start creates a new one and loads every table"))
+            findings.warn(Code::SlotTooOld, format!("{fact}: the next start creates a new one and loads every table"))
         }
-        Create::Never => findings.fail(format!("{fact}: {}", Sql::RecreateSlot { slot })),
+        Create::Never => findings.fail(Code::SlotTooOld, format!("{fact}: {}", Sql::RecreateSlot { slot })),
     }
 }
 
@@ -266,7 +276,7 @@ async fn working_set(
         return findings.ok(format!("memory: {needed}"));
     };
     if let Some(why) = room::refusal(&needed, limit) {
-        return findings.fail(format!("memory: {why}"));
+        return findings.fail(Code::RedisTooSmall, format!("memory: {why}"));
     }
     // If there is a checkpoint, the memory used now is ours; otherwise it is somebody else's.
     let others = match &redis.checkpoint {
@@ -277,7 +287,10 @@ async fn working_set(
     let text = format!("memory: {needed}{beside}; redis has maxmemory {}", size(limit));
     match needed.bytes + others as f64 > limit as f64 * NEARLY_FULL {
         false => findings.ok(text),
-        true => findings.warn(format!("{text}: raise it, or configure fewer tables or columns: a full redis stalls")),
+        true => {
+            let text = format!("{text}: raise it, or configure fewer tables or columns: a full redis stalls");
+            findings.warn(Code::RedisTooSmall, text)
+        }
     }
 }
 
@@ -289,11 +302,14 @@ async fn retention(
     findings: &mut Findings,
 ) -> Result<(), Failure> {
     let Some(limit) = facts.slot_limit_bytes else {
-        return findings.warn(format!(
-            "postgres: keeps WAL without limit for a slot that is not read, until the disk is full: \
+        return findings.warn(
+            Code::WalUnlimited,
+            format!(
+                "postgres: keeps WAL without limit for a slot that is not read, until the disk is full: \
              {} (what the disk can spare)",
-            Sql::SlotWalLimit(50 << 10)
-        ));
+                Sql::SlotWalLimit(50 << 10)
+            ),
+        );
     };
     tokio::time::sleep(A_MOMENT.saturating_sub(at.elapsed())).await;
     let Some(now) = findings.of_postgres(survey::wal(client).await)? else { return Ok(()) };
@@ -313,10 +329,13 @@ async fn retention(
         false => findings.ok(text),
         true => {
             let megabytes = (rate * OUTAGE.as_secs_f64() / f64::from(1 << 20)).ceil();
-            findings.warn(format!(
-                "{text}, then every table is loaded again: enough for an hour would be: {}",
-                Sql::SlotWalLimit(megabytes as u64)
-            ))
+            findings.warn(
+                Code::WalLimitLow,
+                format!(
+                    "{text}, then every table is loaded again: enough for an hour would be: {}",
+                    Sql::SlotWalLimit(megabytes as u64)
+                ),
+            )
         }
     }
 }
@@ -334,11 +353,14 @@ async fn identify(config: &Config, name: &str, findings: &mut Findings) -> Resul
 
 fn same_server(identity: &Identity, found: Option<&Checkpoint>, findings: &mut Findings) -> Result<(), Failure> {
     match found {
-        Some(c) if (&c.system_id, &c.database) != (&identity.system_id, &identity.database) => findings.fail(format!(
-            "the checkpoint in redis belongs to database {} of system {}, and this is {} of {}: \
+        Some(c) if (&c.system_id, &c.database) != (&identity.system_id, &identity.database) => findings.fail(
+            Code::OtherPostgres,
+            format!(
+                "the checkpoint in redis belongs to database {} of system {}, and this is {} of {}: \
              correct postgres.url or redis.url, or load from here with prefetchd run --adopt",
-            c.database, c.system_id, identity.database, identity.system_id
-        )),
+                c.database, c.system_id, identity.database, identity.system_id
+            ),
+        ),
         _ => Ok(()),
     }
 }
@@ -353,14 +375,19 @@ fn slot_found(config: &Config, facts: &ServerFacts, slot: &SlotState, findings: 
             findings.ok(format!("slot {name}: ready, from {confirmed}"))
         }
         (SlotState::Invalidated { reason }, Create::WhereMissing) => {
-            findings.warn(format!("slot {name}: lost, {reason}: the next start creates a new one and loads every table"))
+            let text = format!("slot {name}: lost, {reason}: the next start creates a new one and loads every table");
+            findings.warn(Code::SlotLost, text)
         }
         (SlotState::Invalidated { reason }, Create::Never) => {
-            findings.fail(format!("slot {name}: lost, {reason}: {}", Sql::RecreateSlot { slot: name }))
+            let text = format!("slot {name}: lost, {reason}: {}", Sql::RecreateSlot { slot: name });
+            findings.fail(Code::SlotLost, text)
         }
-        (SlotState::Absent, Create::Never) => findings
-            .fail(format!("slot {name}: missing: set postgres.create = true, or {}", Sql::CreateSlot { slot: name })),
-        (SlotState::Absent, Create::WhereMissing) if facts.free_slots < SLOTS_TO_MAKE_ONE => findings.fail(format!(
+        (SlotState::Absent, Create::Never) => {
+            let remedy = Sql::CreateSlot { slot: name };
+            let text = format!("slot {name}: missing: set postgres.create = true, or {remedy}");
+            findings.fail(Code::SlotMissing, text)
+        }
+        (SlotState::Absent, Create::WhereMissing) if facts.free_slots < SLOTS_TO_MAKE_ONE => findings.fail(Code::SlotsExhausted, format!(
             "slot {name}: missing, and there are not enough free replication slots ({} free, and creating it takes \
              {SLOTS_TO_MAKE_ONE}, one of them for a moment): raise max_replication_slots, or drop a slot that is not read",
             facts.free_slots
@@ -380,11 +407,12 @@ async fn publication_found(
         let tables: Vec<_> = config.tables.iter().map(|t| t.table.clone()).collect();
         let remedy = Sql::CreatePublication { publication: name, tables: &tables };
         if config.postgres.create == Create::Never {
-            return findings.fail(format!("publication {name}: missing: set postgres.create = true, or {remedy}"));
+            let text = format!("publication {name}: missing: set postgres.create = true, or {remedy}");
+            return findings.fail(Code::PublicationMissing, text);
         }
         return match slot::may_create_publication(client).await.unwrap_or(true) {
             true => findings.ok(format!("publication {name}: the first start creates it")),
-            false => findings.fail(format!(
+            false => findings.fail(Code::PublicationMissing, format!(
                 "publication {name}: missing, and the role may not create it (CREATE on the database): as the owner of the \
                  tables: {remedy}"
             )),
@@ -392,11 +420,14 @@ async fn publication_found(
     };
     match publication.lacking_operations() {
         [] => findings.ok(format!("publication {name}: publishes every operation")),
-        lacking => findings.fail(format!(
-            "publication {name}: leaves out {}: {}",
-            lacking.join(", "),
-            Sql::PublishEverything { publication: name }
-        )),
+        lacking => findings.fail(
+            Code::PublicationOperations,
+            format!(
+                "publication {name}: leaves out {}: {}",
+                lacking.join(", "),
+                Sql::PublishEverything { publication: name }
+            ),
+        ),
     }
 }
 
@@ -424,26 +455,27 @@ async fn tables(
                     "{} does not exist in this database: if it has another name now, correct `table`, else create it",
                     spec.table
                 );
-                findings.of_table(Level::Fail, spec, text)?;
+                findings.of_table(Level::Fail, Code::TableMissing, spec, &text)?;
                 continue;
             }
             Err(error) if error.is_about_the_query() => {
-                findings.of_table(level(error.disposition()), spec, error.to_string())?;
+                findings.of_table(level(error.disposition()), error.code(), spec, &error.to_string())?;
                 continue;
             }
             // The connection is of no use for the other tables either.
-            Err(error) => return findings.say(level(error.disposition()), &format!("postgres: {error}")),
+            Err(error) => return findings.of_postgres::<()>(Err(error)).map(drop),
         };
         let identified = mapping::check_identity(spec, table.identity, &table.identity_columns, &table.relation());
         let types = table.known_types(spec.format, &booleans);
         let bound = identified.and_then(|()| Mapping::bind(spec, &table.relation(), &types));
         let bound = bound.and_then(|_| lookup_columns::check(spec, &table));
         if let Err(error) = bound {
-            findings.of_table(Level::Fail, spec, error.knowing(&table.generated).to_string())?;
+            let error = error.knowing(&table.generated);
+            findings.of_table(Level::Fail, Code::of_mapping(&error), spec, &error.to_string())?;
             continue;
         }
         if let Some(left_out) = table.left_out(&config.postgres.publication) {
-            findings.of_table(Level::Warn, spec, left_out)?;
+            findings.of_table(Level::Warn, Code::TableHeirs, spec, &left_out)?;
         }
         if published(config, roles.replicates(), publication, ours, spec, &table, findings).await? {
             let filter =
@@ -454,8 +486,8 @@ async fn tables(
                 Format::Json => ", in JSON",
                 Format::RedisJson => ", as a RedisJSON document",
             };
-            let text = format!("{}, {bytes} on disk{filter}, as {}{as_json}", spec.table, spec.key);
-            findings.of_table(Level::Ok, spec, text)?;
+            let TableSpec { name, table, key, .. } = spec;
+            findings.ok(format!("table {name}: {table}, {bytes} on disk{filter}, as {key}{as_json}"))?;
         }
     }
     Ok(())
@@ -485,13 +517,13 @@ async fn published(
         // A missing publication has already been reported.
         if publication.is_some() {
             let text = format!("{} is not in publication {publication_name}: {add}", table.name);
-            findings.of_table(Level::Fail, spec, text)?;
+            findings.of_table(Level::Fail, Code::TableUnpublished, spec, &text)?;
         }
         return Ok(publication.is_none());
     }
     if !slot::may_publish(client, &table.name).await.unwrap_or(true) {
         let text = format!("{} is not published, and only its owner may do that: as the owner: {add}", table.name);
-        findings.of_table(Level::Fail, spec, text)?;
+        findings.of_table(Level::Fail, Code::TableUnpublished, spec, &text)?;
         return Ok(false);
     }
     Ok(true)

@@ -12,6 +12,7 @@ use crate::bridge::context::own_keys;
 use crate::checkpoint::TableState;
 use crate::cli::page;
 use crate::cli::servers::{self, Cluster, Place, Postgres, Redis, ServerError};
+use crate::code::Code;
 use crate::config::{Config, ConfigError};
 use crate::daemon::{self, Daemon};
 use crate::error::Disposition;
@@ -90,6 +91,18 @@ pub enum DemoError {
 }
 
 impl DemoError {
+    pub fn code(&self) -> Code {
+        match self {
+            DemoError::PortTaken(_) => Code::ListenAddress,
+            DemoError::Server(error) => error.code(),
+            DemoError::Config(error) => error.code,
+            DemoError::Postgres(error) => error.code(),
+            DemoError::Daemon(error) => error.code(),
+            DemoError::Migration { .. } => Code::DemoServers,
+            DemoError::Task(_) => Code::Internal,
+        }
+    }
+
     pub fn disposition(&self) -> Disposition {
         match self {
             DemoError::Config(_) => Disposition::Stop,

@@ -4,6 +4,7 @@ use super::draft::Table;
 use super::pattern::Pattern;
 use crate::bridge::room;
 use crate::cli::{Failure, aligned, print, printable};
+use crate::code::Code;
 use crate::source::candidates::Identity;
 use std::io::BufRead;
 
@@ -17,7 +18,7 @@ pub(super) fn choose(tables: &[Table], mut input: impl BufRead) -> Result<Vec<us
         print("Which of them? Numbers (1 3-5), patterns (shop.*), or all: ")?;
         let mut line = String::new();
         match input.read_line(&mut line) {
-            Ok(0) | Err(_) => return Err(Failure::work("no table was chosen: nothing was written")),
+            Ok(0) | Err(_) => return Err(Failure::work(Code::InitTables, "no table was chosen: nothing was written")),
             Ok(_) => {}
         }
         match chosen(&line, tables) {

@@ -11,6 +11,7 @@ mod write;
 
 use super::{Failure, print, printable, runtime};
 use crate::bridge::room::{self, WorkingSet};
+use crate::code::Code;
 use crate::config::Config;
 use crate::loader::range::Sizes;
 use crate::plan::mapping::{self, Mapping};
@@ -18,14 +19,14 @@ use crate::remedy::Shell;
 use crate::schema::TableSpec;
 use crate::source::candidates::{self, Candidate, Surroundings};
 use crate::source::connect::{self, PostgresClient};
-use crate::source::{slot, snapshot};
+use crate::source::{SourceError, slot, snapshot};
 use crate::words::counted;
 use clap::Args;
 use draft::{Layout, Problem, Table};
 use pattern::Pattern;
 use servers::{Kind, PostgresSide, RedisSide, environment, settings};
 use std::collections::HashMap;
-use std::fmt::{Display, Write as _};
+use std::fmt::Write as _;
 use std::fs::OpenOptions;
 use std::io::{self, IsTerminal, Write as _};
 use std::path::{Path, PathBuf};
@@ -57,6 +58,7 @@ pub(super) struct InitArgs {
 pub(super) fn run(args: &InitArgs) -> Result<(), Failure> {
     if args.tables.is_empty() && !(io::stdin().is_terminal() && io::stdout().is_terminal()) {
         return Err(Failure::work(
+            Code::InitTables,
             "there is no terminal to ask which tables: name them with --table, such as --table '*.*'",
         ));
     }
@@ -65,20 +67,21 @@ pub(super) fn run(args: &InitArgs) -> Result<(), Failure> {
         let file = dir.join(name);
         if file.symlink_metadata().is_ok() {
             let file = file.display();
-            return Err(Failure::work(format!(
-                "{file} exists, and nothing is overwritten: choose another --out, or move it away"
-            )));
+            return Err(Failure::work(
+                Code::FileExists,
+                format!("{file} exists, and nothing is overwritten: choose another --out, or move it away"),
+            ));
         }
     }
     runtime()?.block_on(init(args, &dir))
 }
 
 fn unwritable(path: &Path, error: &io::Error) -> Failure {
-    Failure::work(format!("cannot write {}: {error}", path.display()))
+    Failure::work(Code::CannotWrite, format!("cannot write {}: {error}", path.display()))
 }
 
-fn failed(error: &dyn Display) -> Failure {
-    Failure::work(error.to_string())
+fn failed(error: &SourceError) -> Failure {
+    Failure::work(error.code(), error.to_string())
 }
 
 async fn init(args: &InitArgs, dir: &Path) -> Result<(), Failure> {
@@ -88,11 +91,15 @@ async fn init(args: &InitArgs, dir: &Path) -> Result<(), Failure> {
     let client = connect::connect(target, APPLICATION_NAME).await.map_err(|error| failed(&error))?;
     let facts = slot::server_facts(&client).await.map_err(|error| failed(&error))?;
     if facts.in_recovery {
-        return Err(Failure::work("postgres is a standby in recovery: name the primary with --postgres"));
+        return Err(Failure::work(
+            Code::PostgresStandby,
+            "postgres is a standby in recovery: name the primary with --postgres",
+        ));
     }
     let surroundings = candidates::surroundings(&client).await.map_err(|error| failed(&error))?;
     let name = draft::free_name(&surroundings.taken);
-    let redis = RedisSide::look(&args.redis, &targets.redis.target, &name).await.map_err(|error| failed(&error))?;
+    let redis = RedisSide::look(&args.redis, &targets.redis.target, &name).await;
+    let redis = redis.map_err(|error| Failure::work(error.code(), error.to_string()))?;
     let postgres = PostgresSide::of(&args.postgres, target, &env).await?;
 
     let found = candidates::tables(&client).await.map_err(|error| failed(&error))?;
@@ -102,7 +109,10 @@ async fn init(args: &InitArgs, dir: &Path) -> Result<(), Failure> {
         true => {
             let all: Vec<Candidate> = found.into_iter().filter(|candidate| candidate.instead.is_none()).collect();
             if all.is_empty() {
-                return Err(Failure::work(format!("database {} has no tables", printable(&surroundings.database))));
+                return Err(Failure::work(
+                    Code::InitTables,
+                    format!("database {} has no tables", printable(&surroundings.database)),
+                ));
             }
             let all = there.examined(all, Some(Instant::now() + MEASURING)).await?;
             let chosen = ask::choose(&all, io::stdin().lock())?;
@@ -121,10 +131,10 @@ async fn init(args: &InitArgs, dir: &Path) -> Result<(), Failure> {
         tables: &tables,
     };
     if files.followed().next().is_none() {
-        return Err(Failure::work(format!(
-            "nothing was written, because no table can be followed:\n{}",
-            problems(&tables)
-        )));
+        return Err(Failure::work(
+            Code::InitTables,
+            format!("nothing was written, because no table can be followed:\n{}", problems(&tables)),
+        ));
     }
     write(&files)?;
     print(&report(&files))
@@ -201,10 +211,10 @@ fn matching(patterns: &[Pattern], found: &[Candidate], there: &Surroundings) -> 
                 true => "it has no tables".to_owned(),
                 false => format!("did you mean {}?", printable(&close.join(", "))),
             };
-            return Err(Failure::work(format!(
-                "no table of database {database} matches {}: {meant}",
-                printable(&pattern.text)
-            )));
+            return Err(Failure::work(
+                Code::InitTables,
+                format!("no table of database {database} matches {}: {meant}", printable(&pattern.text)),
+            ));
         }
         let others: Vec<String> = matching
             .clone()
@@ -212,10 +222,10 @@ fn matching(patterns: &[Pattern], found: &[Candidate], there: &Surroundings) -> 
             .collect();
         if others.len() == matching.count() {
             let others = printable(&others.join(", "));
-            return Err(Failure::work(format!(
-                "{} matches no table that can be followed: {others}",
-                printable(&pattern.text)
-            )));
+            return Err(Failure::work(
+                Code::InitTables,
+                format!("{} matches no table that can be followed: {others}", printable(&pattern.text)),
+            ));
         }
     }
     let wanted = |candidate: &&Candidate| {

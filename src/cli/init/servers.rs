@@ -3,6 +3,7 @@
 
 use super::draft::{Layout, ROLE};
 use crate::cli::Failure;
+use crate::code::Code;
 use crate::config::Config;
 use crate::password::Password;
 use crate::remedy::{Conninfo, Shell, Toml};
@@ -33,7 +34,7 @@ pub(super) fn settings(
     let (postgres, redis, name) = (Toml(postgres), Toml(redis), Toml(name));
     let text =
         format!("[postgres]\nurl = {postgres}\nslot = {name}\npublication = {name}\n[redis]\nurl = {redis}\n{tables}");
-    Config::parse(&text, COMMAND_LINE, env).map_err(|error| Failure::work(error.to_string()))
+    Config::parse(&text, COMMAND_LINE, env).map_err(|error| Failure::work(error.code, error.to_string()))
 }
 
 /// The variables of psql. Settings in the environment are for a daemon, and not for what is written here.
@@ -60,9 +61,10 @@ impl PostgresSide {
     /// # Errors
     /// None, if `target` was parsed from it.
     pub async fn of(given: &str, target: &PostgresTarget, env: &HashMap<String, String>) -> Result<Self, Failure> {
-        let wrong = |error: &dyn std::fmt::Display| Failure::work(format!("--postgres: {error}"));
-        let further = PostgresTarget::further_options(given, env).map_err(|error| wrong(&error))?;
-        let password = target.password.read_for_login().await.map_err(|error| wrong(&error))?;
+        let wrong = |code, error: &dyn std::fmt::Display| Failure::work(code, format!("--postgres: {error}"));
+        let further = PostgresTarget::further_options(given, env).map_err(|error| wrong(error.code(), &error))?;
+        let password = target.password.read_for_login().await;
+        let password = password.map_err(|error| wrong(Code::SecretUnavailable, &error))?;
         let psql = conninfo(target, &target.user, &further);
         Ok(Self {
             url: url(target, &further),

@@ -4,6 +4,7 @@
 //! follows a table of which Postgres does not send everything.
 
 use super::catalog_sql::{Asked, columns_sql, heads_sql, leaves_sql};
+use crate::code::Code;
 use crate::fingerprint::Fingerprint;
 use crate::format::Format;
 use crate::loader::range::{Extent, Sizes};
@@ -541,12 +542,14 @@ fn published(asked: &Question<'_>, kind: TableKind, table: &Cells<'_>) -> Result
     let Question { name, publication, .. } = *asked;
     if !table.yes(4)? {
         return Err(SourceError::unsuitable(
+            Code::TableKind,
             format!("table {name} belongs to Postgres itself, which never publishes it"),
             "take it out of the configuration",
         ));
     }
     if let Some(whole) = table.optional(8)? {
         return Err(SourceError::unsuitable(
+            Code::TablePartition,
             format!("table {name} is a partition of {whole}, which publication {publication} publishes as a whole"),
             format!("configure {whole} instead"),
         ));
@@ -554,6 +557,7 @@ fn published(asked: &Question<'_>, kind: TableKind, table: &Cells<'_>) -> Result
     let is_listed = table.yes(6)?;
     if let (TableKind::Partitioned, false, Some(part)) = (kind, is_listed, table.optional(9)?) {
         return Err(SourceError::unsuitable(
+            Code::PublicationPartitions,
             format!("publication {publication} sends the partitions of {name} under their own names ({part})"),
             Sql::PublishViaRoot { publication }.to_string(),
         ));
@@ -596,7 +600,7 @@ fn partition_access(
         ReplicaIdentity::Index | ReplicaIdentity::Full | ReplicaIdentity::Nothing => Sql::IdentityFull { table: name },
     };
     let fact = format!("table {what} has another replica identity than the whole");
-    Err(SourceError::unsuitable(fact, remedy.to_string()))
+    Err(SourceError::unsuitable(Code::TableIdentity, fact, remedy.to_string()))
 }
 
 /// As the planner estimates, but without column widths.
@@ -700,7 +704,8 @@ impl Types<'_> {
 
 /// `what` begins a sentence after "table".
 fn kind(what: &str, name: &QualifiedName, relkind: &str, persistence: &str) -> Result<TableKind, SourceError> {
-    let no = |is: &str, remedy: &str| Err(SourceError::unsuitable(format!("table {what} is {is}"), remedy.to_owned()));
+    let no =
+        |is: &str, remedy: &str| Err(SourceError::unsuitable(Code::TableKind, format!("table {what} is {is}"), remedy));
     match (relkind, persistence) {
         ("r" | "p", "u") => no("unlogged: its changes are not in the WAL", &Sql::SetLogged { table: name }.to_string()),
         ("r" | "p", "t") => no("temporary: no other session sees it", "use a permanent table"),
@@ -741,12 +746,14 @@ fn readable(
         let columns =
             if needed.some_only && enters { format!(" (columns {})", lacks.join(", ")) } else { String::new() };
         return Err(SourceError::unsuitable(
+            Code::TableUnreadable,
             format!("table {what} may not be read by role {role}{columns}"),
             format!("{usage}{select}"),
         ));
     }
     if row.yes(index + 3)? {
         return Err(SourceError::unsuitable(
+            Code::TableRowSecurity,
             format!("table {what} has policies that hide rows from role {role}, and not from the stream"),
             Sql::BypassRowSecurity { role }.to_string(),
         ));
