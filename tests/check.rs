@@ -172,7 +172,7 @@ fn the_documented_redis_user_is_the_one_that_is_tested() {
         words.filter(|word| word.starts_with('+')).map(str::to_owned).collect()
     };
     let tested = rights(ACL.lines().find(|line| line.starts_with("user ")).unwrap());
-    for document in [include_str!("../README.md"), include_str!("../docs/operating.md")] {
+    for document in [include_str!("../docs/first-table.md"), include_str!("../docs/operating.md")] {
         let (_, command) = document.split_once("ACL SETUSER prefetchd reset").unwrap();
         assert_eq!(rights(command.split_once("```").unwrap().0), tested);
     }

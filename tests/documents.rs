@@ -12,7 +12,7 @@ use std::process::Command;
 const NOT_RUN: &[(&str, &str, &str)] = &[
     ("README.md", "scripts/demo", "tests/demo.rs runs the demo"),
     ("README.md", "scripts/test", "runs these tests"),
-    ("README.md", "cargo build --release", "scripts/package and scripts/bench build for release"),
+    ("docs/first-table.md", "cargo build --release", "scripts/package and scripts/bench build for release"),
     ("docs/alerts.md", "systemctl status prefetchd", "needs systemd"),
     ("docs/alerts.md", "promtool check config", "needs a Prometheus that is configured, and Kubernetes"),
     ("docs/alerts.md", "kubectl get pods", "needs Kubernetes and systemd"),
@@ -41,7 +41,7 @@ const KEYS: &[(&str, &str)] = &[("redis-cli GET cache:product:", "redis-cli GET 
 
 /// Blocks that contain these run while no daemon does.
 const WITHOUT_DAEMON: &[&str] = &["teardown", "pg_drop_replication_slot", "check --all", "prefetchd -c shop.toml run"];
-/// And those with the README's own configuration as if none ever had.
+/// And those with the tutorial's own configuration as if none ever had.
 const OWN_CONFIGURATION: &str = "prefetchd -c shop.toml";
 
 /// What is in the block, what runs before it, and what after it.
@@ -445,11 +445,16 @@ async fn run(files: &[&str]) {
     shop.stops().await;
 }
 
-const LONG: [&str; 4] = ["README.md", "docs/operating.md", "docs/reading.md", "docs/alerts.md"];
+const LONG: [&str; 5] = ["README.md", "docs/first-table.md", "docs/operating.md", "docs/reading.md", "docs/alerts.md"];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_readme_runs() {
     run(&["README.md"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_tutorial_runs() {
+    run(&["docs/first-table.md"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
