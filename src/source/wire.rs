@@ -162,15 +162,19 @@ impl ReplicationConnection {
     /// Opens a session with `replication=database` and the settings of every other connection, with the first suitable
     /// server.
     pub async fn connect(target: &PostgresTarget, application_name: &str) -> Result<Self, SourceError> {
+        // Before the time limit of a login begins, and here, because a program that prints it must end with this runtime.
+        let password = target.password.read_for_login().await?;
         let (target, application_name) = (target.clone(), application_name.to_owned());
-        let connecting = thread::spawn(async move { Self::connect_here(&target, &application_name).await });
+        let connecting = thread::spawn(async move { Self::connect_here(&target, &password, &application_name).await });
         let failed = |error: JoinError| SourceError::unexpected("connecting", format!("the task failed: {error}"));
         connecting.await.map_err(failed)?
     }
 
-    async fn connect_here(target: &PostgresTarget, application_name: &str) -> Result<Self, SourceError> {
-        // Before the time limit of a login begins.
-        let password = &target.password.read_for_login().await?;
+    async fn connect_here(
+        target: &PostgresTarget,
+        password: &Option<String>,
+        application_name: &str,
+    ) -> Result<Self, SourceError> {
         let log_in = |socket: Socket, at, wanted| async move {
             let end_point = socket.end_point();
             let (reader, writer) = socket.split();

@@ -197,13 +197,16 @@ impl<T: Clone> Loader<T> {
         while self.asked.is_none() {
             if let Some(template) = self.inbox.retired.pop_front() {
                 self.sweep_retired(template, 0, out);
-            } else if let Some(table) = self.inbox.advancing.pop_front() {
-                self.advance(table, out);
             } else if let Some(arrived) = self.inbox.arrived.pop_front() {
                 self.took(arrived, now, out);
             } else if let Some(order) = self.inbox.orders.pop_front() {
                 self.obey(order, now, out);
-            } else if !self.dispatch(now, out) {
+            } else if self.dispatch(now, out) {
+                // There may be more.
+            } else if let Some(table) = self.inbox.advancing.pop_front() {
+                // Last, because it may ask for one page of keys after the other.
+                self.advance(table, out);
+            } else {
                 return;
             }
         }

@@ -147,7 +147,8 @@ impl<T> Active<T> {
     pub fn keys_of(&self, content: &Content) -> Vec<u64> {
         match (content, &self.sweep) {
             (Content::Rows(parts), Sweep::NotYet) => {
-                self.read.hashes(parts.iter().flat_map(|rows| &rows.rows).map(|(key, _)| key))
+                let keys = parts.iter().flat_map(|rows| &rows.rows).map(|(key, _)| key);
+                self.read.hashes(keys.filter(|key| self.only.has_key(key)))
             }
             _ => Vec::new(),
         }
@@ -185,12 +186,13 @@ impl<T> Active<T> {
         if next != 0 && self.candidates.len() < enough {
             return;
         }
-        let mut weight = 0;
+        let (mut weight, mut number) = (0, 0);
         // The orphans among the keys of one task are removed in a single batch.
         let parts = self.candidates.chunk_by(|key, _| {
             weight += command::weight_of_key(key);
-            let fits = weight <= limit / 2;
-            weight = if fits { weight } else { 0 };
+            number += 1;
+            let fits = weight <= limit / 2 && number < enough;
+            (weight, number) = if fits { (weight, number) } else { (0, 0) };
             fits
         });
         self.todo.extend(parts.map(|keys| Task::Orphans(keys.to_vec())));

@@ -1,5 +1,7 @@
 //! Remembers the keys of the rows that a load has read and written. A key in Redis that is among them is no orphan, so
-//! Postgres need not be asked about it: had its row been deleted since, the stream would say so.
+//! Postgres need not be asked about it: had its row been deleted since, the stream would say so. Rows that leave a table
+//! without a message in the stream (DETACH PARTITION, TRUNCATE of a partition) change the catalog, which has the table
+//! loaded again.
 //!
 //! Only rows of chunks that were judged good count. A chunk that must be read again may have seen rows that were deleted
 //! before the place where the stream begins.

@@ -416,3 +416,22 @@ fn postgres_is_asked_only_about_keys_that_no_good_chunk_had() {
     let [Reading { task: Task::Orphans(asked), .. }] = &parts[..] else { panic!("orphans: {parts:?}") };
     assert_eq!(asked, &[Key("t0:1".into()), Key("t0:4".into())]);
 }
+
+#[test]
+fn a_search_for_orphans_keeps_nobody_waiting() {
+    let mut scene = Scene::new(1);
+    scene.orders_fill(Only::All);
+    scene.todo.pop_front();
+    scene.hears(Heard::LookedUp(vec![loadable(TableId(0), Extent::Pages(vec![1]))]));
+    scene.todo.pop_front();
+    scene.hears(Heard::Empty(HashSet::new()));
+    let (visit, parts) = scene.next_visit();
+    scene.is_made(visit, &parts);
+    assert!(matches!(scene.todo.pop_front(), Some(Errand::Scan { .. })));
+    // Ordered while Redis is asked for a page, of which none of the keys has to be asked about.
+    scene.hears(Heard::Ordered(vec![keys(0, None)]));
+    scene.hears(Heard::Scanned { next: 7, keys: Vec::new() });
+    let (_, parts) = scene.next_visit();
+    assert!(matches!(parts[0].task, Task::Keys(_)), "{parts:?}");
+    assert!(matches!(scene.todo.pop_front(), Some(Errand::Scan { .. })), "the search goes on");
+}
