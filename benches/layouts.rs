@@ -5,6 +5,7 @@
 //! Postgres is reached over its unix socket, and Redis over loopback TCP everywhere, because that is how the nodes of a
 //! cluster announce themselves.
 
+use super::http::Http;
 use super::processes::{cpu_seconds, peak_memory_bytes};
 use super::world::{CHECKPOINT, Daemon, Outcome, Way, World};
 use super::{Sizes, machine, say};
@@ -13,8 +14,7 @@ use prefetchd::cli::servers::Cluster;
 use prefetchd::lanes::{Lane, tags};
 use prefetchd::lsn::Lsn;
 use rand::Rng;
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -341,36 +341,6 @@ fn reads(daemon: &Daemon, rows: u64, layout: &Layout, connections: usize) -> Out
     .concat();
     times.sort_unstable();
     Ok(times)
-}
-
-/// A connection that stays open.
-struct Http(BufReader<TcpStream>);
-
-impl Http {
-    fn connect(to: SocketAddr) -> io::Result<Self> {
-        let stream = TcpStream::connect(to)?;
-        stream.set_nodelay(true)?;
-        Ok(Self(BufReader::new(stream)))
-    }
-
-    /// # Errors
-    /// If the answer is not 200.
-    fn get(&mut self, path: &str) -> io::Result<()> {
-        self.0.get_mut().write_all(format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n").as_bytes())?;
-        let (mut head, mut length) = (String::new(), 0);
-        while !head.ends_with("\r\n\r\n") {
-            let begin = head.len();
-            if self.0.read_line(&mut head)? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            if let Some(value) = head[begin..].strip_prefix("content-length:") {
-                length = value.trim().parse().map_err(io::Error::other)?;
-            }
-        }
-        let mut body = vec![0; length];
-        self.0.read_exact(&mut body)?;
-        if head.starts_with("HTTP/1.1 200 ") { Ok(()) } else { Err(io::Error::other(format!("{path}: {head}"))) }
-    }
 }
 
 // ------------------------------------------------------------------------------------------------------------- results

@@ -4,14 +4,20 @@
 //!
 //! It measures what is in Redis, seen over a connection of its own; the daemon is not asked.
 
+mod debezium;
+mod figures;
+mod growth;
+mod http;
+mod latency;
 mod layouts;
+mod plot;
 mod processes;
 mod reads;
+mod whole;
 mod world;
 
-use layouts::Layout;
+use figures::{median, rate, rates, seconds};
 use processes::{Usage, Watch};
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
 use world::{Outcome, Way, World};
 
@@ -19,6 +25,8 @@ use world::{Outcome, Way, World};
 struct Sizes {
     rows: u64,
     changes: u64,
+    /// Changes of the one large transaction: all rows, unless `CHANGES` says less.
+    transaction: u64,
     rounds: usize,
     seconds: u64,
 }
@@ -26,16 +34,14 @@ struct Sizes {
 impl Sizes {
     /// `rows` and `changes` are the defaults.
     fn read(rows: u64, changes: u64) -> Outcome<Self> {
-        let number = |name: &str, default: u64| match std::env::var(name) {
-            Ok(text) => text.parse().map_err(|_| format!("{name}={text} is not a number")),
-            Err(_) => Ok(default),
-        };
         let rounds = usize::try_from(number("ROUNDS", 3)?)?.max(1);
         let changes = number("CHANGES", changes)?.max(1);
+        // Each change must concern a different row, so that nothing is gained by merging several.
+        let rows = number("ROWS", rows)?.max(changes);
         Ok(Self {
-            // Each change must concern a different row, so that nothing is gained by merging several.
-            rows: number("ROWS", rows)?.max(changes),
+            rows,
             changes,
+            transaction: number("CHANGES", rows)?.max(1),
             rounds,
             seconds: number("SECONDS_OF_LATENCY", 20)?,
         })
@@ -46,19 +52,43 @@ impl Sizes {
     }
 }
 
+/// From the environment.
+fn number(name: &str, default: u64) -> Outcome<u64> {
+    match std::env::var(name) {
+        Ok(text) => Ok(text.parse().map_err(|_| format!("{name}={text} is not a number"))?),
+        Err(_) => Ok(default),
+    }
+}
+
 type Part = fn(&World, &Sizes) -> Outcome<()>;
 
 /// The parts on one Redis, in their order.
-const PARTS: [(&str, Part); 4] = [("load", load), ("backlog", backlog), ("latency", latency), ("reads", reads)];
+const PARTS: [(&str, Part); 7] = [
+    ("load", load),
+    ("backlog", backlog),
+    ("transaction", whole::transaction),
+    ("latency", latency::latency),
+    ("waits", latency::waits),
+    ("heal", whole::heal),
+    ("reads", reads),
+];
+type Apart = fn() -> Outcome<()>;
+
 /// Parts with servers of their own, which run only if `ONLY` names them.
-const LAYOUTS: [(&str, &[Layout]); 2] = [("cluster", &layouts::ON_CLUSTER), ("lists", &layouts::ROWS_ASKED_FOR)];
+const APART: [(&str, Apart); 5] = [
+    ("start", whole::start),
+    ("growth", growth::growth),
+    ("debezium", debezium::debezium),
+    ("cluster", || layouts::compare(&layouts::ON_CLUSTER, &Sizes::read(300_000, 200_000)?)),
+    ("lists", || layouts::compare(&layouts::ROWS_ASKED_FOR, &Sizes::read(300_000, 200_000)?)),
+];
 
 fn main() -> Outcome<()> {
     // Cargo passes --bench.
     let only = std::env::var("ONLY").unwrap_or_default();
     let only: Vec<&str> = only.split(',').filter(|name| !name.is_empty()).collect();
     let is_known =
-        |name: &&str| PARTS.iter().any(|(part, _)| part == name) || LAYOUTS.iter().any(|(part, _)| part == name);
+        |name: &&str| PARTS.iter().any(|(part, _)| part == name) || APART.iter().any(|(part, _)| part == name);
     if let Some(unknown) = only.iter().find(|name| !is_known(name)) {
         return Err(format!("ONLY names {unknown}, and there is no such part").into());
     }
@@ -71,10 +101,7 @@ fn main() -> Outcome<()> {
         println!("{}", machine(&world)?);
         parts.into_iter().try_for_each(|(_, part)| part(&world, &sizes))?;
     }
-    for (_, layouts) in LAYOUTS.iter().filter(|(name, _)| only.contains(name)) {
-        layouts::compare(layouts, &Sizes::read(300_000, 200_000)?)?;
-    }
-    Ok(())
+    APART.iter().filter(|(name, _)| only.contains(name)).try_for_each(|(_, part)| part())
 }
 
 /// # Errors
@@ -126,24 +153,12 @@ fn reads(world: &World, sizes: &Sizes) -> Outcome<()> {
     reads::reads(world, sizes.rows, sizes.rounds, sizes.seconds.div_ceil(4))
 }
 
-/// The median.
-fn median(times: &[Duration]) -> Duration {
-    let mut sorted = times.to_vec();
-    sorted.sort_unstable();
-    sorted[sorted.len() / 2]
-}
-
-/// In thousands per second.
-fn rate(count: u64, time: Duration) -> f64 {
-    count as f64 / time.as_secs_f64() / 1000.0
-}
-
 // ---------------------------------------------------------------------------------------------------------------- load
 
 fn load(world: &World, sizes: &Sizes) -> Outcome<()> {
     println!("\n### Loading {} rows\n", sizes.rows);
     println!("| Redis | prefetchd, rows/s | psql, mawk, redis-cli, rows/s | ratio |\n|---|---|---|---|");
-    let mut usages = Vec::new();
+    let (mut usages, mut first, mut verified) = (Vec::new(), Duration::ZERO, Vec::new());
     for before in ["empty", "full"] {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for round in 1..=sizes.rounds {
@@ -164,13 +179,25 @@ fn load(world: &World, sizes: &Sizes) -> Outcome<()> {
             ours.push(started.elapsed());
             world.is_full()?;
             usages.push(watch.end());
+            if before == "empty" {
+                let started = Instant::now();
+                world.cli("verify")?;
+                verified.push(started.elapsed());
+            }
             daemon.stop()?;
             say(&format!("load, {before}, round {round}: {:.2?} beside {:.2?}", ours[round - 1], theirs[round - 1]));
         }
-        let (a, b) = (rate(sizes.rows, median(&ours)), rate(sizes.rows, median(&theirs)));
-        println!("| {before} | {a:.0} k | {b:.0} k | {:.2} |", a / b);
+        if before == "empty" {
+            first = median(&ours);
+        }
+        let ratio = rate(sizes.rows, median(&ours)) / rate(sizes.rows, median(&theirs));
+        println!("| {before} | {} | {} | {ratio:.2} |", rates(sizes.rows, &ours), rates(sizes.rows, &theirs));
     }
     println!("\n{}", Usage::table("load", &usages));
+    println!("\n### Verifying {} rows: prefetchd verify, until it ends\n", sizes.rows);
+    println!("| time | rows/s | beside the first load's time |\n|---|---|---|");
+    let ratio = median(&verified).as_secs_f64() / first.as_secs_f64();
+    println!("| {} | {} | {ratio:.2} |", seconds(&verified), rates(sizes.rows, &verified));
     Ok(())
 }
 
@@ -205,61 +232,11 @@ fn backlog(world: &World, sizes: &Sizes) -> Outcome<()> {
                 let (a, b, c) = (ours[round - 1], alone[round - 1], fair[round - 1]);
                 say(&format!("{per} a transaction, {way}, round {round}: {a:.2?} beside {b:.2?} alone, {c:.2?} fair"));
             }
-            let of = |times: &[Duration]| rate(sizes.changes, median(times));
-            let (a, b, c) = (of(&ours), of(&alone), of(&fair));
-            println!("| {per} | {way} | {a:.0} k | {b:.0} k | {c:.0} k | {:.2} |", a / c);
+            let ratio = rate(sizes.changes, median(&ours)) / rate(sizes.changes, median(&fair));
+            let [a, b, c] = [&ours, &alone, &fair].map(|times| rates(sizes.changes, times));
+            println!("| {per} | {way} | {a} | {b} | {c} | {ratio:.2} |");
         }
     }
     println!("\n{}", Usage::table("backlog", &usages));
-    Ok(())
-}
-
-// ------------------------------------------------------------------------------------------------------------- latency
-
-const COMMITS_A_SECOND: u64 = 100;
-
-/// One thread commits, and another polls Redis until it sees each commit's value.
-fn latency(world: &World, sizes: &Sizes) -> Outcome<()> {
-    println!("\n### From commit to visible, at {COMMITS_A_SECOND} commits a second\n");
-    println!("| over | p50 | p99 | largest |\n|---|---|---|---|");
-    let mut usages = Vec::new();
-    for way in [Way::Unix, Way::Tcp] {
-        let watch = Watch::begin(world.pids());
-        let daemon = world.daemon(way)?;
-        watch.daemon_is(daemon.pid);
-        world.wait_for_load()?;
-        world.wait_until_idle()?;
-        let (committed, seen) = mpsc::channel::<(u64, u64, Instant)>();
-        let mut observer = world.observer(way)?;
-        let observing = std::thread::spawn(move || -> Result<Vec<Duration>, String> {
-            let mut times = Vec::new();
-            for (id, value, at) in seen {
-                while observer.stock(id)? != Some(value) {
-                    if at.elapsed() > Duration::from_secs(30) {
-                        return Err(format!("row {id} never became {value}"));
-                    }
-                }
-                times.push(at.elapsed());
-            }
-            Ok(times)
-        });
-        let mut writer = world.commits()?;
-        let began = Instant::now();
-        for n in 0..sizes.seconds * COMMITS_A_SECOND {
-            let due = began + Duration::from_micros(n * 1_000_000 / COMMITS_A_SECOND);
-            std::thread::sleep(due.saturating_duration_since(Instant::now()));
-            let (id, value) = (1 + n % 1_000, 1_000_000 + n);
-            writer.set_stock(id, value)?;
-            committed.send((id, value, Instant::now()))?;
-        }
-        drop(committed);
-        let mut times = observing.join().map_err(|_| "the observer panicked")??;
-        usages.push(watch.end());
-        daemon.stop()?;
-        times.sort_unstable();
-        let at = |part: f64| times[((times.len() - 1) as f64 * part) as usize].as_secs_f64() * 1000.0;
-        println!("| {way} | {:.2} ms | {:.2} ms | {:.2} ms |", at(0.5), at(0.99), at(1.0));
-    }
-    println!("\n{}", Usage::table(&format!("{} s of latency", sizes.seconds), &usages));
     Ok(())
 }

@@ -80,7 +80,9 @@ impl Watch {
                         Who::Walsender | Who::Backends => status_bytes(pid, "RssAnon:"),
                         Who::Daemon | Who::Redis => peak_memory_bytes(pid),
                     };
-                    let (_, used) = seen.entry(pid).or_insert((who, Used::default()));
+                    let (its, used) = seen.entry(pid).or_insert((who, Used::default()));
+                    // A walsender is an ordinary backend at first.
+                    *its = who;
                     used.cpu_seconds = cpu - before;
                     used.peak_bytes = used.peak_bytes.max(memory);
                 }

@@ -15,7 +15,7 @@ pub type Outcome<T> = Result<T, Box<dyn Error>>;
 
 const PATIENCE: Duration = Duration::from_secs(600);
 /// How often a waiting thread polls Redis.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+const LOOK_EVERY: Duration = Duration::from_millis(2);
 const KEY: &str = "bench:item:";
 pub const CHECKPOINT: &str = "prefetchd:{prefetchd}:checkpoint";
 /// The other half of the checkpoint: what it says of each table.
@@ -140,6 +140,19 @@ impl World {
         self.place.path().join("postgres")
     }
 
+    /// Over loopback: host, port and password of Postgres, port and password of Redis.
+    pub fn addresses(&self) -> [String; 5] {
+        let (postgres, redis) = (self.postgres.port(), self.redis.port());
+        let of = |password: &str| password.to_owned();
+        [
+            "127.0.0.1".to_owned(),
+            postgres.to_string(),
+            of(servers::postgres_password()),
+            redis.to_string(),
+            of(servers::redis_password()),
+        ]
+    }
+
     fn postgres_args(&self, way: Way) -> Vec<String> {
         let host = match way {
             Way::Unix => self.sockets().display().to_string(),
@@ -198,13 +211,21 @@ impl World {
     /// # Errors
     /// Unless Redis has every row.
     pub fn is_full(&self) -> Outcome<()> {
+        // Row 0 is one more.
+        self.has_rows(self.rows + 1)
+    }
+
+    /// The marker row is the first.
+    pub fn has_any_row(&self) -> Outcome<bool> {
+        self.ask(&[b"EXISTS", format!("{KEY}{MARK}").as_bytes()])
+    }
+
+    /// # Errors
+    /// Unless Redis has so many keys of rows.
+    pub fn has_rows(&self, rows: u64) -> Outcome<()> {
         let keys: u64 = self.ask(&[b"DBSIZE"])?;
         let ours: u64 = self.ask(&[b"EXISTS", CHECKPOINT.as_bytes(), TABLES.as_bytes()])?;
-        // Row 0 is one more.
-        if keys - ours == self.rows + 1 {
-            return Ok(());
-        }
-        Err(format!("{keys} keys in Redis, {} rows in Postgres", self.rows + 1).into())
+        if keys - ours == rows { Ok(()) } else { Err(format!("{keys} keys in Redis, {rows} rows in Postgres").into()) }
     }
 
     // ---- loads
@@ -256,6 +277,18 @@ impl World {
         Ok(self.ask::<Option<Vec<u8>>>(&[b"GET", CHECKPOINT.as_bytes()])?.unwrap_or_default())
     }
 
+    /// Waits until the checkpoint says so of this many tables.
+    pub fn wait_for_loads(&self, tables: usize) -> Outcome<()> {
+        let mut redis = self.client.get_connection()?;
+        self.wait_for("the loads", || {
+            let entries: Vec<Vec<u8>> = redis::cmd("HVALS").arg(TABLES).query(&mut redis)?;
+            let is_loaded = |entry: &Vec<u8>| {
+                serde_json::from_slice(entry).is_ok_and(|entry: serde_json::Value| entry["state"] == "loaded")
+            };
+            Ok(entries.len() == tables && entries.iter().all(is_loaded))
+        })
+    }
+
     pub fn wait_for(&self, what: &str, mut done: impl FnMut() -> Outcome<bool>) -> Outcome<()> {
         let until = Instant::now() + PATIENCE;
         while !done()? {
@@ -281,17 +314,46 @@ impl World {
         self.drop_slot("base")?;
         self.sql("SELECT pg_copy_logical_replication_slot('prefetchd', 'base')")?;
         self.sql(&format!("SET synchronous_commit = off; CALL backlog({changes}, {per})"))?;
-        let mark = format!("UPDATE items SET stock = stock + 1 WHERE id = {MARK} RETURNING stock");
         let end = self.sql("CHECKPOINT; SELECT pg_current_wal_insert_lsn()")?;
-        Ok(Backlog { mark: self.sql(&mark)?.parse()?, end, checkpoint })
+        Ok(Backlog { mark: self.change_mark()?, end, checkpoint })
+    }
+
+    /// Returns the marker row's new value.
+    pub fn change_mark(&self) -> Outcome<u64> {
+        let change = format!("UPDATE items SET stock = stock + 1 WHERE id = {MARK} RETURNING stock");
+        Ok(self.sql(&change)?.parse()?)
+    }
+
+    /// The marker row's value.
+    pub fn mark(&self) -> Outcome<u64> {
+        self.stock(MARK)
+    }
+
+    fn stock(&self, id: u64) -> Outcome<u64> {
+        Ok(self.sql(&format!("SELECT stock FROM items WHERE id = {id}"))?.parse()?)
+    }
+
+    /// Waits until Redis has the row as it is in Postgres by now.
+    pub fn wait_until_current(&self, id: u64) -> Outcome<()> {
+        let (mut observer, stock) = (self.observer(Way::Unix)?, self.stock(id)?);
+        self.wait_for("the stream", || Ok(observer.stock(id)? == Some(stock)))
+    }
+
+    /// # Errors
+    /// Unless Redis has the row as it is in Postgres.
+    pub fn row_is_current(&self, id: u64) -> Outcome<()> {
+        let (ours, theirs) = (self.observer(Way::Unix)?.stock(id)?, self.stock(id)?);
+        if ours == Some(theirs) { Ok(()) } else { Err(format!("row {id}: {ours:?} in Redis, not {theirs}").into()) }
     }
 
     /// Waits until Redis has everything from the stream.
     pub fn wait_until_idle(&self) -> Outcome<()> {
-        let mark =
-            self.sql(&format!("UPDATE items SET stock = stock + 1 WHERE id = {MARK} RETURNING stock"))?.parse()?;
+        self.wait_for_mark_of(self.change_mark()?)
+    }
+
+    pub fn wait_for_mark_of(&self, value: u64) -> Outcome<()> {
         let mut observer = self.observer(Way::Unix)?;
-        self.wait_for("the stream", || Ok(observer.stock(MARK)? == Some(mark)))
+        self.wait_for("the stream", || Ok(observer.stock(MARK)? == Some(value)))
     }
 
     /// Restores the state before the backlog, for the daemon.
@@ -303,8 +365,7 @@ impl World {
     }
 
     pub fn wait_for_mark(&self, backlog: &Backlog) -> Outcome<()> {
-        let mut observer = self.observer(Way::Unix)?;
-        self.wait_for("the backlog", || Ok(observer.stock(MARK)? == Some(backlog.mark)))
+        self.wait_for_mark_of(backlog.mark)
     }
 
     /// Writes what Redis has to do for these changes to a file, as plain commands.
@@ -322,12 +383,7 @@ impl World {
     pub fn receive(&self, way: Way, backlog: &Backlog, beside: bool) -> Outcome<Duration> {
         self.copy_slot("yardstick")?;
         let started = Instant::now();
-        let mut receiver = Command::new(servers::callable(&["pg_recvlogical"]))
-            .args(self.postgres_args(way))
-            .args(["-S", "yardstick", "--start", "-o", "proto_version=1", "-o", "publication_names=prefetchd"])
-            .args(["--endpos", &backlog.end, "-f", "/dev/null"])
-            .env("PGPASSWORD", servers::postgres_password())
-            .spawn()?;
+        let mut receiver = self.recvlogical(way, "/dev/null").args(["--endpos", &backlog.end]).spawn()?;
         if beside {
             run(redis_cli()
                 .args(self.redis_args(way))
@@ -344,18 +400,47 @@ impl World {
         Ok(elapsed)
     }
 
+    fn recvlogical(&self, way: Way, file: &str) -> Command {
+        let mut receiver = Command::new(servers::callable(&["pg_recvlogical"]));
+        receiver
+            .args(self.postgres_args(way))
+            .args(["-S", "yardstick", "--start", "-o", "proto_version=1", "-o", "publication_names=prefetchd"])
+            .args(["-f", file])
+            .env("PGPASSWORD", servers::postgres_password());
+        receiver
+    }
+
+    /// Starts `pg_recvlogical`, which follows the slot `yardstick` from now on. With `-` it prints to a pipe.
+    pub fn receiver(&self, way: Way, file: &str) -> Outcome<Child> {
+        self.drop_slot("yardstick")?;
+        self.sql("SELECT pg_create_logical_replication_slot('yardstick', 'pgoutput')")?;
+        Ok(self.recvlogical(way, file).stdout(Stdio::piped()).spawn()?)
+    }
+
+    /// Waits until the walsender of `yardstick` has sent everything that is committed by now.
+    pub fn wait_until_sent(&self, asking: &mut Commits) -> Outcome<()> {
+        let position = asking.position()?;
+        // Once something after it has been read, everything before it has been sent.
+        asking.change_mark()?;
+        self.wait_for("the walsender", || asking.has_sent(&position))
+    }
+
     fn copy_slot(&self, name: &str) -> Outcome<()> {
         self.drop_slot(name)?;
         self.sql(&format!("SELECT pg_copy_logical_replication_slot('base', '{name}')")).map(drop)
     }
 
     pub fn drop_slot(&self, name: &str) -> Outcome<()> {
+        self.wait_until_inactive(name)?;
+        let drop_it = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = ";
+        self.sql(&format!("{drop_it}'{name}'")).map(drop)
+    }
+
+    pub fn wait_until_inactive(&self, name: &str) -> Outcome<()> {
         self.wait_for("the end of a walsender", || {
             let active = "SELECT count(*) FROM pg_replication_slots WHERE active AND slot_name = ";
             Ok(self.sql(&format!("{active}'{name}'"))? == "0")
-        })?;
-        let drop_it = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = ";
-        self.sql(&format!("{drop_it}'{name}'")).map(drop)
+        })
     }
 
     // ---- the daemon
@@ -374,6 +459,12 @@ impl World {
     /// `way` leads to Postgres; `redis` is a URL, `key` the template of the rows' keys, and `further` the rest of the table's
     /// configuration.
     pub fn daemon_on(&self, way: Way, redis: &str, key: &str, further: &str) -> Outcome<Daemon> {
+        let table = format!("[[tables]]\nname = \"items\"\ntable = \"public.items\"\nkey = \"{key}\"\n{further}");
+        self.daemon_of(way, redis, &table)
+    }
+
+    /// `tables` is their part of the configuration.
+    pub fn daemon_of(&self, way: Way, redis: &str, tables: &str) -> Outcome<Daemon> {
         let postgres = match way {
             Way::Unix => {
                 let (sockets, port, password) = (self.sockets(), self.postgres.port(), servers::postgres_password());
@@ -383,12 +474,11 @@ impl World {
             Way::Tcp => self.postgres.url("postgres", "postgres"),
         };
         let http = SocketAddr::from((Ipv4Addr::LOCALHOST, servers::free_port()?));
-        let file = self.place.path().join("prefetchd.toml");
+        let file = self.config_file();
         std::fs::write(
             &file,
             format!(
-                "[postgres]\nurl = \"{postgres}\"\n[redis]\nurl = \"{redis}\"\n[http]\nlisten = \"{http}\"\n\
-                 [[tables]]\nname = \"items\"\ntable = \"public.items\"\nkey = \"{key}\"\n{further}"
+                "[postgres]\nurl = \"{postgres}\"\n[redis]\nurl = \"{redis}\"\n[http]\nlisten = \"{http}\"\n{tables}"
             ),
         )?;
         let log = File::options().create(true).append(true).open(self.log_file())?;
@@ -402,6 +492,22 @@ impl World {
         let mut pid = String::new();
         BufReader::new(guard.stdout.take().ok_or("no pipe")?).read_line(&mut pid)?;
         Ok(Daemon { guard, pid: pid.trim().parse()?, http })
+    }
+
+    /// Runs a command that asks the running daemon.
+    ///
+    /// # Errors
+    /// If its exit code is not 0: `verify` has found differences, for example.
+    pub fn cli(&self, command: &str) -> Outcome<()> {
+        run(Command::new(env!("CARGO_BIN_EXE_prefetchd"))
+            .arg("-c")
+            .arg(self.config_file())
+            .arg(command)
+            .stdout(Stdio::null()))
+    }
+
+    fn config_file(&self) -> PathBuf {
+        self.file("prefetchd.toml")
     }
 
     fn log_file(&self) -> PathBuf {
@@ -434,7 +540,8 @@ impl World {
         })?;
         let update = "UPDATE items SET stock = $2::int8::int4 WHERE id = $1::int8";
         let update = runtime.block_on(client.prepare(update))?;
-        Ok(Commits { runtime, client, update })
+        let position = runtime.block_on(client.prepare("SELECT pg_current_wal_insert_lsn()::text"))?;
+        Ok(Commits { runtime, client, update, position })
     }
 }
 
@@ -477,17 +584,25 @@ pub struct Observer(redis::Connection);
 impl Observer {
     /// Returns `None` if the row does not exist.
     pub fn stock(&mut self, id: u64) -> Result<Option<u64>, String> {
-        let mut command = redis::cmd("HGET");
-        command.arg(format!("{KEY}{id}")).arg("stock");
-        command.query(&mut self.0).map_err(|error| error.to_string())
+        Ok(self.stocks([id])?[0])
+    }
+
+    /// The same of several rows, in one round trip.
+    pub fn stocks(&mut self, ids: impl IntoIterator<Item = u64>) -> Result<Vec<Option<u64>>, String> {
+        let mut pipeline = redis::pipe();
+        for id in ids {
+            pipeline.hget(format!("{KEY}{id}"), "stock");
+        }
+        pipeline.query(&mut self.0).map_err(|error| error.to_string())
     }
 }
 
-/// Commits one row at a time.
+/// A connection to Postgres: commits one row at a time, or many.
 pub struct Commits {
     runtime: tokio::runtime::Runtime,
     client: tokio_postgres::Client,
     update: tokio_postgres::Statement,
+    position: tokio_postgres::Statement,
 }
 
 impl Commits {
@@ -496,6 +611,37 @@ impl Commits {
         let (id, value) = (i64::try_from(id)?, i64::try_from(value)?);
         self.runtime.block_on(self.client.execute(&self.update, &[&id, &value]))?;
         Ok(())
+    }
+
+    /// Updates so many rows, and last the marker row, in one transaction. Returns how long it took, from BEGIN to the answer
+    /// to COMMIT.
+    pub fn update_rows(&mut self, rows: u64) -> Outcome<Duration> {
+        let started = Instant::now();
+        let execute = |text: String| self.runtime.block_on(async { self.client.batch_execute(&text).await });
+        execute("BEGIN".to_owned())?;
+        execute(format!("UPDATE items SET stock = stock + 1 WHERE id BETWEEN 1 AND {rows}"))?;
+        execute(format!("UPDATE items SET stock = stock + 1 WHERE id = {MARK}"))?;
+        execute("COMMIT".to_owned())?;
+        Ok(started.elapsed())
+    }
+
+    /// For reads that wait for what is committed by now.
+    pub fn position(&mut self) -> Outcome<String> {
+        let row = self.runtime.block_on(self.client.query_one(&self.position, &[]))?;
+        Ok(row.try_get(0)?)
+    }
+
+    fn change_mark(&mut self) -> Outcome<()> {
+        let change = format!("UPDATE items SET stock = stock + 1 WHERE id = {MARK}");
+        Ok(self.runtime.block_on(self.client.batch_execute(&change))?)
+    }
+
+    fn has_sent(&mut self, position: &str) -> Outcome<bool> {
+        let query = format!(
+            "SELECT FROM pg_stat_replication r JOIN pg_replication_slots s ON s.active_pid = r.pid \
+             WHERE s.slot_name = 'yardstick' AND r.sent_lsn > '{position}'"
+        );
+        Ok(!self.runtime.block_on(self.client.query(&query, &[]))?.is_empty())
     }
 }
 
