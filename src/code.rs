@@ -10,8 +10,6 @@ use crate::plan::mapping::MappingError;
 
 /// docs/errors.md: a section for each code.
 const SECTIONS: &str = include_str!("../docs/errors.md");
-/// Where the packages install it.
-pub const INSTALLED: &str = "/usr/share/doc/prefetchd/docs/errors.md";
 
 macro_rules! codes {
     ($($code:ident = $text:literal,)*) => {

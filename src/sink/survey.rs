@@ -298,12 +298,21 @@ impl Survey {
     }
 
     /// Returns some settings and INFO, both empty if they are denied.
+    ///
+    /// # Errors
+    /// If the server wants a password that it was not given.
     async fn reported(&mut self) -> Result<(BTreeMap<String, String>, String), SinkError> {
         // Before Redis 7.0, CONFIG GET takes one setting.
         let setting = |name: &str| redis::cmd("CONFIG").arg("GET").arg(name).to_owned();
         let asked = [setting("save"), setting("cluster-require-full-coverage"), redis::cmd("INFO")];
         let replies = self.ask(asked.into_iter()).await?;
         let [save, coverage, info] = <[Value; 3]>::try_from(replies).unwrap_or([Value::Nil, Value::Nil, Value::Nil]);
+        if let Value::ServerError(error) = &info {
+            let reply = error_reply(&self.target, &redis::cmd("INFO").get_packed_command(), error);
+            if reply.class() == Class::Login {
+                return Err(SinkError::Refused { request: Request::new("INFO"), reply });
+            }
+        }
         let settings = [save, coverage].into_iter();
         let settings = settings.filter_map(|reply| redis::from_redis_value::<BTreeMap<String, String>>(reply).ok());
         Ok((settings.flatten().collect(), redis::from_redis_value(info).unwrap_or_default()))

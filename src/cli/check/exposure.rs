@@ -19,7 +19,10 @@ pub(super) fn look(config: &Config, findings: &mut Findings) -> Result<(), Failu
              deploy/prefetchd.service does",
         )?;
     }
-    for name in secret_variables(|name| std::env::var(name).ok()) {
+    // If the password comes from elsewhere, that of psql is an administrator's, which the daemon need not inherit.
+    let is_literal = matches!(config.postgres.target.password, Password::Literal(_));
+    let variables = secret_variables(|name| std::env::var(name).ok());
+    for name in variables.into_iter().filter(|name| is_literal || *name != "PGPASSWORD") {
         findings.warn(
             Code::SecretExposed,
             format!(

@@ -12,7 +12,7 @@ mod source;
 
 use super::client::Client;
 use super::{EX_CONFIG, Failure, print, printable, runtime, say};
-use crate::code::{Code, INSTALLED};
+use crate::code::Code;
 use crate::config::{Config, Warning};
 use crate::error::Disposition;
 use crate::schema::TableSpec;
@@ -229,7 +229,7 @@ fn mark(code: Code) -> String {
 
 /// Not among the findings, which programs may read.
 fn say_where_sections_are() {
-    say(&format!("each #code is a section of {INSTALLED}; prefetchd explain CODE prints it"));
+    say("prefetchd explain CODE says more about each #code, as docs/errors.md does");
 }
 
 fn level(disposition: Disposition) -> Level {

@@ -15,7 +15,7 @@ use crate::code::Code;
 use crate::config::Config;
 use crate::loader::range::Sizes;
 use crate::plan::mapping::{self, Mapping};
-use crate::remedy::Shell;
+use crate::remedy::{Shell, Sql};
 use crate::schema::TableSpec;
 use crate::source::candidates::{self, Candidate, Surroundings};
 use crate::source::connect::{self, PostgresClient};
@@ -288,6 +288,15 @@ fn report(files: &Files<'_>) -> String {
         true => (" -c '\\password prefetchd'", " (psql asks for the first of the new ones)"),
         false => ("", ""),
     };
+    let decode = match files.facts.can_decode() {
+        true => String::new(),
+        false if files.surroundings.replication_group.is_some() => String::new(),
+        false => {
+            let statement = Sql::WalLevelLogical.to_string();
+            format!("  {} -c {}      # then restart Postgres\n", files.postgres.psql, Shell(&[statement.as_str()]))
+        }
+    };
+    let configuration = shell(&files.configuration());
     let _ = write!(
         out,
         "\nRead the files. Then write a password to each of these, such as (umask 077; openssl rand -hex 24 > FILE):\n  {}\n",
@@ -295,12 +304,13 @@ fn report(files: &Files<'_>) -> String {
     );
     let _ = write!(
         out,
-        "\nand run, with the administrators' passwords in PGPASSWORD and REDISCLI_AUTH{prompt}:\n  {} -v ON_ERROR_STOP=1 -f {sql}{enter}\n  \
+        "\nand run, with the administrators' passwords in PGPASSWORD and REDISCLI_AUTH{prompt}:\n{decode}  {} -v ON_ERROR_STOP=1 -f {sql}{enter}\n  \
          (sed -n 's/^user //p' {acl}; printf '#'; tr -d '\\n' < {password} | sha256sum | cut -c1-64) | xargs {} ACL SETUSER\n  \
-         prefetchd -c {} check\n",
+         prefetchd -c {configuration} check\n  \
+         prefetchd -c {configuration} run\n\
+         \nThe last two as the user who is to run it, without those passwords: it must be able to read the files.\n",
         files.postgres.psql,
         files.redis.redis_cli,
-        shell(&files.configuration())
     );
     out
 }
@@ -317,7 +327,7 @@ fn warnings(files: &Files<'_>, needed: &WorkingSet) -> Vec<String> {
     }
     if !files.facts.can_decode() {
         let (level, file) = (&files.facts.wal_level, files.sql());
-        warnings.push(format!("wal_level is {level}: {} says what to do first.", file.display()));
+        warnings.push(format!("wal_level is {level}, and must be logical, after a restart: see {}.", file.display()));
     }
     if let Some(refusal) = files.redis.maxmemory_bytes.and_then(|limit| room::refusal(needed, limit)) {
         warnings.push(refusal);

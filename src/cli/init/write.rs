@@ -98,6 +98,9 @@ impl Files<'_> {
             let file = self.dir.join("sentinel.password");
             let _ = writeln!(out, "sentinel_password_command = [\"cat\", {}]", Toml(&file.to_string_lossy()));
         }
+        out += "\n[http]\n";
+        out += &prose("#", "Rows, state and metrics, for this machine alone unless it says otherwise.");
+        out += "# listen = \"127.0.0.1:8787\"\n";
         out + &self.tables_text()
     }
 
