@@ -22,11 +22,32 @@ const NOT_RUN: &[(&str, &str, &str)] = &[
     ("docs/alerts.md", "redis-cli -h NODE", "names nodes of a cluster"),
     ("docs/benchmarks.md", "scripts/bench", "measures for minutes, on a quiet machine"),
     ("docs/comparison.md", "prefetchd demo", "tests/demo.rs runs the demo"),
+    ("docs/errors.md", "ALTER PUBLICATION prefetchd SET (publish_generated_columns", "needs Postgres 18"),
+    ("docs/errors.md", "openssl s_client -connect", "needs a Redis with TLS"),
+    ("docs/errors.md", "openssl s_client -starttls", "needs a Postgres with TLS"),
+    ("docs/errors.md", "prefetchd skip", "needs a change that Postgres cannot send: tests/poison.rs"),
+    ("docs/errors.md", "redis-cli --cluster add-node", "needs a cluster"),
+    ("docs/errors.md", "redis-cli --cluster call", "needs a cluster"),
+    ("docs/errors.md", "redis-cli --cluster check", "needs a cluster that is broken"),
+    ("docs/errors.md", "redis-cli --cluster fix", "needs a cluster that is broken"),
+    ("docs/errors.md", "redis-cli ACL GETUSER", "needs a Redis with an ACL file"),
+    ("docs/errors.md", "redis-cli -h HOST -p 26379", "needs Sentinels"),
+    ("docs/errors.md", "sudo -u prefetchd", "needs the user of the systemd unit"),
+    ("docs/errors.md", "sudo apt-get install", "installs packages on this machine"),
+    ("docs/errors.md", "systemctl status prefetchd", "needs systemd"),
     ("docs/faults.md", "cargo test --test integration -- --nocapture faults::", "runs these tests"),
     ("docs/faults.md", "cargo test --test integration -- --nocapture --ignored", "takes an hour"),
+    ("docs/install.md", "apt install", "installs a package on this machine"),
+    ("docs/install.md", "cargo build --release --locked", "builds for release, as scripts/package does"),
+    ("docs/install.md", "gpg --verify", "needs a release that is signed"),
+    ("docs/install.md", "rust-audit-info", "needs that program, and a released binary"),
+    ("docs/install.md", "scripts/release", "builds for release, and an image"),
+    ("docs/install.md", "sha256sum", "needs the files of a release"),
+    ("docs/install.md", "tar -xzf", "installs a service on this machine"),
     ("docs/managed.md", "aws elasticache create-user", "needs an account at Amazon"),
     ("docs/operating.md", "apt install ./target", "installs a package on this machine"),
     ("docs/operating.md", "cargo build --release --locked", "installs a service on this machine"),
+    ("docs/operating.md", "kubectl -n shop create", "needs Kubernetes"),
     ("docs/operating.md", "location /v1/tables/ {", "needs nginx"),
     ("docs/operating.md", "location /v1/admin", "needs nginx"),
     ("docs/operating.md", "frontend prefetchd", "needs HAProxy"),
@@ -40,7 +61,14 @@ const NOT_RUN: &[(&str, &str, &str)] = &[
 const KEYS: &[(&str, &str)] = &[("redis-cli GET cache:product:", "redis-cli GET json:product:")];
 
 /// Blocks that contain these run while no daemon does.
-const WITHOUT_DAEMON: &[&str] = &["teardown", "pg_drop_replication_slot", "check --all", "prefetchd -c shop.toml run"];
+const WITHOUT_DAEMON: &[&str] = &[
+    "teardown",
+    "pg_drop_replication_slot",
+    "pg_create_logical_replication_slot",
+    "check --all",
+    "prefetchd -c shop.toml run",
+    "prefetchd run --adopt",
+];
 /// And those with the tutorial's own configuration as if none ever had.
 const OWN_CONFIGURATION: &str = "prefetchd -c shop.toml";
 
@@ -80,7 +108,10 @@ const SHOP: &str = "
     CREATE TABLE s.prices (region text, sku int, price numeric, PRIMARY KEY (region, sku));
     CREATE SCHEMA shop;
     CREATE TABLE shop.orders (id int PRIMARY KEY);
+    CREATE SCHEMA \"My Schema\";
+    CREATE TABLE \"My Schema\".users (id int PRIMARY KEY);
     CREATE ROLE me LOGIN;
+    CREATE ROLE cache_reader LOGIN;
     -- What prefetchd may read comes from another role, so that nothing keeps its own from being dropped.
     CREATE ROLE readers;
     REVOKE ALL ON categories FROM prefetchd;
@@ -185,8 +216,8 @@ impl Block {
         self.file == *file && self.text.starts_with(begins)
     }
 
-    fn fails(&self, why: &str) -> ! {
-        panic!("{}:{} does not run:\n{}\n{why}", self.file, self.line, self.text)
+    fn failure(&self, why: &str) -> String {
+        format!("{}:{} does not run:\n{}\n{why}", self.file, self.line, self.text)
     }
 }
 
@@ -233,6 +264,7 @@ impl Shop {
             .tables(TABLES);
         std::fs::create_dir(dir.path().join("config")).unwrap();
         std::fs::copy(settings.file().path(), dir.path().join("config/prefetchd.toml")).unwrap();
+        std::fs::copy(settings.file().path(), dir.path().join("earlier.toml")).unwrap();
         let mut shop = Self { postgres, redis, settings, dir, listen, daemon: None };
         shop.starts().await;
         shop
@@ -259,6 +291,7 @@ impl Shop {
         let token = self.daemon.as_ref().map_or("", |daemon| daemon.token_file().to_str().unwrap()).to_owned();
         let file = |name, text: &str| self.file(name, text).to_str().unwrap().to_owned();
         let password = file("password", "choose-a-password");
+        let admin_token = file("admin.token", "0123456789abcdef");
         let certificate = rcgen::generate_simple_self_signed(vec!["shop".to_owned()]).unwrap();
         let certificate = file("ca.pem", &certificate.cert.pem());
         // Programs are looked for, and not run.
@@ -271,6 +304,7 @@ impl Shop {
             ("cache.internal", &redis),
             ("/run/prefetchd/8787.token", &token),
             ("/run/credentials/prefetchd.service/postgres", &password),
+            ("/etc/prefetchd/token", &admin_token),
             ("/etc/prefetchd/ca.pem", &certificate),
             ("/etc/prefetchd/rds.pem", &certificate),
             ("/usr/bin/aws", &program),
@@ -328,6 +362,18 @@ impl Shop {
                 before += &format!("ALTER ROLE {role} RENAME TO {role}_before;\n");
             }
         }
+        // What a block mends is broken first.
+        for (mends, breaks) in [
+            ("ADD PRIMARY KEY", "ALTER TABLE products DROP CONSTRAINT products_pkey;\n"),
+            ("PUBLICATION prefetchd ADD TABLE products", "ALTER PUBLICATION prefetchd DROP TABLE products;\n"),
+        ] {
+            if text.contains(mends) {
+                before += breaks;
+            }
+        }
+        if text.contains("pg_create_logical_replication_slot") && !text.contains("pg_drop_replication_slot") {
+            before += "SELECT pg_drop_replication_slot('prefetchd');\n";
+        }
         let whole = match text.contains("ALTER SYSTEM") {
             true => format!("{text}\nALTER SYSTEM RESET ALL;\nSELECT pg_reload_conf();\n"),
             false => format!("BEGIN;\n{before}{text}\nROLLBACK;\n"),
@@ -338,8 +384,13 @@ impl Shop {
 
     /// Completed to a whole configuration, through the parser.
     fn toml(&self, text: &str) -> Result<(), String> {
-        let mut whole = if text.starts_with('[') { text.to_owned() } else { format!("[postgres]\n{text}") };
-        if !whole.contains("\nurl = \"postgres") {
+        // Each of several keys is that of another table.
+        if text.lines().all(|line| line.starts_with("key = ")) && !text.is_empty() {
+            return text.lines().try_for_each(|line| self.toml(&format!("[[tables]]\n{line}\n")));
+        }
+        let has_section = text.lines().any(|line| line.starts_with('['));
+        let mut whole = if has_section { text.to_owned() } else { format!("[postgres]\n{text}") };
+        if !whole.contains("[postgres]\nurl = ") {
             let url = "url = \"postgres://prefetchd@127.0.0.1/shop\"\n";
             whole = match whole.contains("[postgres]\n") {
                 true => whole.replace("[postgres]\n", &format!("[postgres]\n{url}")),
@@ -396,16 +447,16 @@ impl Shop {
         self.run(node.to_str().unwrap(), &["--check", file.to_str().unwrap()])
     }
 
-    async fn block(&mut self, block: &Block) {
+    async fn block(&mut self, block: &Block) -> Result<(), String> {
         let text = self.adapted(&block.text);
         let without_daemon = WITHOUT_DAEMON.iter().any(|part| block.text.contains(part));
         if without_daemon {
             self.stops().await;
         }
         if without_daemon && block.text.contains(OWN_CONFIGURATION) {
-            self.sh("prefetchd teardown --keys").unwrap_or_else(|why| block.fails(&why));
+            self.sh("prefetchd teardown --keys")?;
             if block.text.contains("teardown") {
-                self.sh(&format!("{OWN_CONFIGURATION} run")).unwrap_or_else(|why| block.fails(&why));
+                self.sh(&format!("{OWN_CONFIGURATION} run"))?;
             }
         }
         if let Some(daemon) = &self.daemon {
@@ -421,17 +472,16 @@ impl Shop {
             "rust" => rust(&block.text),
             _ => Ok(()),
         };
-        if let Err(why) = ran {
-            block.fails(&why);
-        }
         if without_daemon {
             self.starts().await;
         }
+        ran
     }
 }
 
 async fn run(files: &[&str]) {
     let mut shop = Shop::open().await;
+    let mut failures = Vec::new();
     for file in files {
         let runs = |block: &Block| !NOT_RUN.iter().any(|entry| block.is(entry));
         // Programs need what commands set up, which may come later in the document.
@@ -439,10 +489,13 @@ async fn run(files: &[&str]) {
             blocks(file).into_iter().filter(runs).partition(|b| b.language == "python");
         for block in others.iter().chain(&programs) {
             println!("{}:{}", block.file, block.line);
-            shop.block(block).await;
+            if let Err(why) = shop.block(block).await {
+                failures.push(block.failure(&why));
+            }
         }
     }
     shop.stops().await;
+    assert!(failures.is_empty(), "{}", failures.join("\n\n"));
 }
 
 const LONG: [&str; 5] = ["README.md", "docs/first-table.md", "docs/operating.md", "docs/reading.md", "docs/alerts.md"];
