@@ -39,7 +39,7 @@ async fn check_as(args: &[&str], title: &str, settings: &Settings, code: i32) ->
         assert!(code.is_some(), "{title}: a line without a code: {line}");
         any = true;
     }
-    let legend = "each #code is a section of /usr/share/doc/prefetchd/docs/errors.md";
+    let legend = "prefetchd explain CODE says more about each #code";
     assert_eq!(ran.stderr.contains(legend), any, "{title}: {}", ran.stderr);
     ran.stdout
 }
