@@ -309,8 +309,7 @@ fn report(files: &Files<'_>) -> String {
          prefetchd -c {configuration} check\n  \
          prefetchd -c {configuration} run\n\
          \nThe last two as the user who is to run it, without those passwords: it must be able to read the files.\n",
-        files.postgres.psql,
-        files.redis.redis_cli,
+        files.postgres.psql, files.redis.redis_cli,
     );
     out
 }
