@@ -29,6 +29,9 @@ need_servers() {
     have psql || packages+=(postgresql-client)
     have redis-server || have valkey-server || packages+=(redis-server)
     have redis-cli || have valkey-cli || packages+=(redis-tools)
+    # For the documents' commands, which run as tests.
+    have curl || packages+=(curl)
+    have openssl || packages+=(openssl)
     # As root, the servers run as another user.
     [ "$(id -u)" != 0 ] || have setpriv || packages+=(util-linux)
 }

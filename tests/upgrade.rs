@@ -65,15 +65,6 @@ async fn shapes(scene: &Scene) -> Vec<String> {
     scene.checkpoint().await.unwrap().tables.iter().map(shape).collect()
 }
 
-/// Reads over HTTP that were refused, or not answered.
-async fn refused(http: &HttpWatcher) -> u64 {
-    let mut refused = 0;
-    for code in ["loading", "incomplete", "healing", "stale", "redis_unavailable", "stopping", "no answer"] {
-        refused += http.refused(code).await;
-    }
-    refused
-}
-
 /// Rows of `categories` change until it is stopped.
 struct Documents {
     stop: Arc<AtomicBool>,
@@ -380,13 +371,13 @@ async fn versions_replace_each_other_while_rows_are_written_and_read() {
                 let standby = scene.daemon().await;
                 standby.status_when("it stands by", |status| status["state"] == "standby").await;
                 standby.ready().await;
-                let before = refused(&http).await;
+                let before = http.all_refused().await;
                 http.ask(vec![daemon.address(), standby.address()]).await;
                 scene.more_is_written(200).await;
                 http.ask(vec![standby.address()]).await;
                 assert_eq!(std::mem::replace(&mut daemon, standby).stop().await, Some(0));
                 resumed(&daemon, what).await;
-                assert_eq!(refused(&http).await, before, "{what}: readers noticed");
+                assert_eq!(http.all_refused().await, before, "{what}: readers noticed");
             } else {
                 match how {
                     Replaced::AfterKill => daemon.kill9(),

@@ -14,7 +14,7 @@ pub(super) struct ExplainArgs {
 /// An unknown code is a wrong command line.
 fn code(text: &str) -> Result<Code, String> {
     // As in the last part of an address.
-    let text = text.trim_start_matches('#');
+    let text = &*text.trim_start_matches('#').to_ascii_lowercase();
     Code::of(text).ok_or_else(|| {
         format!("no such code: did you mean {}? prefetchd explain lists all", Code::nearest(text).as_str())
     })

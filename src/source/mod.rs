@@ -243,6 +243,11 @@ impl SourceError {
             SourceError::Login { code, .. } | SourceError::Unsuitable { code, .. } => *code,
             SourceError::Stream { error, .. } if error.decoding_at.is_some() => Code::StreamStuck,
             SourceError::Stream { .. } if self.is_undefined_in_stream() => Code::SlotTooOld,
+            // What these mean of a slot, they do not mean of a query: a file of a table, an object in another state, disk
+            // space for sorting.
+            SourceError::Failed { error, .. } if matches!(&*error.code, "53400" | "55000" | "58P01") => {
+                Code::PostgresError
+            }
             SourceError::Refused { error, .. }
             | SourceError::Failed { error, .. }
             | SourceError::Stream { error, .. } => error.cause(),

@@ -329,6 +329,11 @@ impl HttpWatcher {
         self.looks.lock().await.may_go_back = may;
     }
 
+    /// Returns how many reads were refused, or not answered.
+    pub async fn all_refused(&self) -> u64 {
+        self.looks.lock().await.refused.values().sum()
+    }
+
     /// Returns how many reads were refused with this code.
     pub async fn refused(&self, code: &str) -> u64 {
         self.looks.lock().await.refused.get(code).copied().unwrap_or(0)

@@ -284,7 +284,9 @@ fn report(files: &Files<'_>) -> String {
         true => vec![shell(&files.postgres_password()), password.clone()],
         false => vec![password.clone()],
     };
-    let (enter, prompt) = match files.postgres.has_password {
+    // Where another prefetchd may use the role, it must keep its password.
+    let is_ours = files.name == draft::ROLE;
+    let (enter, prompt) = match files.postgres.has_password && is_ours {
         true => (" -c '\\password prefetchd'", " (psql asks for the first of the new ones)"),
         false => ("", ""),
     };
@@ -305,7 +307,7 @@ fn report(files: &Files<'_>) -> String {
     let _ = write!(
         out,
         "\nand run, with the administrators' passwords in PGPASSWORD and REDISCLI_AUTH{prompt}:\n{decode}  {} -v ON_ERROR_STOP=1 -f {sql}{enter}\n  \
-         (sed -n 's/^user //p' {acl}; printf '#'; tr -d '\\n' < {password} | sha256sum | cut -c1-64) | xargs {} ACL SETUSER\n  \
+         test -s {password} && (sed -n 's/^user //p' {acl}; printf '#'; tr -d '\\n' < {password} | sha256sum | cut -c1-64) | xargs {} ACL SETUSER\n  \
          prefetchd -c {configuration} check\n  \
          prefetchd -c {configuration} run\n\
          \nThe last two as the user who is to run it, without those passwords: it must be able to read the files.\n",
@@ -323,6 +325,13 @@ fn warnings(files: &Files<'_>, needed: &WorkingSet) -> Vec<String> {
             draft::ROLE,
             files.name
         ));
+        if files.postgres.has_password {
+            warnings.push(format!(
+                "If the role {role} exists as well, write its present password to {}; otherwise set one: \\password {role}.",
+                files.postgres_password().display(),
+                role = draft::ROLE
+            ));
+        }
     }
     if !files.facts.can_decode() {
         let (level, file) = (&files.facts.wal_level, files.sql());

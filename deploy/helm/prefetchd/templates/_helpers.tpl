@@ -70,4 +70,9 @@ capabilities:
 {{- if or (regexMatch `://[^/@\s"']*:[^/@\s"']+@` $text) (regexMatch `(?i)password\s*=\s*[^\s]` $text) -}}
 {{- fail "config and env must not contain a password: put it into a Secret, and name that under secrets" -}}
 {{- end -}}
+{{- range .Values.env -}}
+{{- if and .value (regexMatch "(?i)password$" .name) -}}
+{{- fail "config and env must not contain a password: put it into a Secret, and name that under secrets" -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
