@@ -146,6 +146,8 @@ redis-cli() {
 }
 curl() { command curl --silent --show-error --fail-with-body "$@"; }
 sudo() { "$@"; }
+# Otherwise a command that still writes to it is ended by a signal, which here counts as a failure.
+head() { command head "$@"; cat >/dev/null; }
 prefetchd() {
     case " $* " in
         *" tail "*) timeout 2 prefetchd "$@" || [ $? = 124 ] ;;
