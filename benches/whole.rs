@@ -4,7 +4,7 @@
 use super::figures::{Sorted, rates, seconds};
 use super::http::Http;
 use super::processes::{Usage, Watch};
-use super::world::{Outcome, Way, World};
+use super::world::{Daemon, Outcome, Way, World};
 use super::{Sizes, number, say};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -35,17 +35,9 @@ pub fn transaction(world: &World, sizes: &Sizes) -> Outcome<()> {
         receiver.wait()?;
         world.drop_slot("yardstick")?;
 
-        // A process of its own for the transaction, so that its peak is the transaction's.
         world.sql("VACUUM items; CHECKPOINT")?;
         world.forget_slot_and_checkpoint()?;
-        let daemon = world.daemon(Way::Unix)?;
-        world.wait_for_load()?;
-        world.wait_until_idle()?;
-        daemon.stop()?;
-        let watch = Watch::begin(world.pids());
-        let daemon = world.daemon(Way::Unix)?;
-        watch.daemon_is(daemon.pid);
-        world.wait_until_idle()?;
+        let (watch, daemon) = streaming(world)?;
         let expected = world.mark()? + 1;
         commits.push(world.commits()?.update_rows(rows)?);
         let committed = Instant::now();
@@ -69,20 +61,25 @@ pub fn transaction(world: &World, sizes: &Sizes) -> Outcome<()> {
     Ok(())
 }
 
+/// Returns a daemon that streams and has loaded nothing, so that its peak is that of what follows.
+fn streaming(world: &World) -> Outcome<(Watch, Daemon)> {
+    let loading = world.daemon(Way::Unix)?;
+    world.wait_for_load()?;
+    world.wait_until_idle()?;
+    loading.stop()?;
+    let watch = Watch::begin(world.pids());
+    let daemon = world.daemon(Way::Unix)?;
+    watch.daemon_is(daemon.pid);
+    world.wait_until_idle()?;
+    Ok((watch, daemon))
+}
+
 /// Redis loses everything while the daemon follows a hundred commits a second.
 pub fn heal(world: &World, sizes: &Sizes) -> Outcome<()> {
     println!("\n### FLUSHALL while the daemon streams, {} rows\n", sizes.rows);
     let (mut full, mut ready, mut usages) = (Vec::new(), Vec::new(), Vec::new());
     for round in 1..=sizes.rounds {
-        // A process of its own, which has loaded nothing.
-        let daemon = world.daemon(Way::Unix)?;
-        world.wait_for_load()?;
-        world.wait_until_idle()?;
-        daemon.stop()?;
-        let watch = Watch::begin(world.pids());
-        let daemon = world.daemon(Way::Unix)?;
-        watch.daemon_is(daemon.pid);
-        world.wait_until_idle()?;
+        let (watch, daemon) = streaming(world)?;
         let mut http = Http::connect(daemon.http)?;
         world.wait_for("readiness", || Ok(http.is_ready()?))?;
         let (is_full, is_ready) = while_writing(world, || {

@@ -165,14 +165,15 @@ impl ReplicationConnection {
         // Before the time limit of a login begins, and here, because a program that prints it must end with this runtime.
         let password = target.password.read_for_login().await?;
         let (target, application_name) = (target.clone(), application_name.to_owned());
-        let connecting = thread::spawn(async move { Self::connect_here(&target, &password, &application_name).await });
+        let connecting =
+            thread::spawn(async move { Self::connect_here(&target, password.as_deref(), &application_name).await });
         let failed = |error: JoinError| SourceError::unexpected("connecting", format!("the task failed: {error}"));
         connecting.await.map_err(failed)?
     }
 
     async fn connect_here(
         target: &PostgresTarget,
-        password: &Option<String>,
+        password: Option<&str>,
         application_name: &str,
     ) -> Result<Self, SourceError> {
         let log_in = |socket: Socket, at, wanted| async move {
@@ -180,7 +181,7 @@ impl ReplicationConnection {
             let (reader, writer) = socket.split();
             let inbound = Inbound::default();
             let mut connection = Self { reader, writer, inbound, at, backend_pid: 0, server_started: String::new() };
-            let logged_in = connection.log_in(target, password.clone(), application_name, end_point).await;
+            let logged_in = connection.log_in(target, password.map(str::to_owned), application_name, end_point).await;
             logged_in.map_err(|error| without_replication(error, &target.user))?;
             connection.prepare(wanted).await?;
             Ok(connection)

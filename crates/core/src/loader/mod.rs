@@ -259,8 +259,8 @@ impl<T: Clone> Loader<T> {
                 keyless.into_iter().map(|Keyless { code, letter }| FromLoad::DeadLetter { table, code, letter });
             out.extend(letters.map(say));
         }
-        let remembered: usize = self.loads.values().map(Active::keys_remembered).sum();
-        let room = self.measures.keys_remembered.saturating_sub(remembered);
+        // Only a load that looks for orphans has any. With many tables, the sum over all loads costs something.
+        let room = if keys.is_empty() { 0 } else { self.room_for_keys() };
         let Some(active) = self.load_of(&job) else { return };
         match verdict {
             Verdict::ReadAgain => active.again(job.task),
@@ -271,6 +271,11 @@ impl<T: Clone> Loader<T> {
             Verdict::GivenUp => active.settled(),
         }
         self.inbox.advancing.push_back(table);
+    }
+
+    fn room_for_keys(&self) -> usize {
+        let remembered: usize = self.loads.values().map(Active::keys_remembered).sum();
+        self.measures.keys_remembered.saturating_sub(remembered)
     }
 
     // ---- rows, then orphans, then the end ---------------------------------------------------------------------------

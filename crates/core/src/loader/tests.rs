@@ -57,6 +57,15 @@ impl Scene {
         self.hears(Heard::Ordered(vec![order]));
     }
 
+    /// Orders a load of the first table, which is one chunk and has keys in Redis, and continues up to the first visit.
+    fn begins_where_keys_are(&mut self) {
+        self.orders_fill(Only::All);
+        self.todo.pop_front();
+        self.hears(Heard::LookedUp(vec![loadable(TableId(0), Extent::Pages(vec![1]))]));
+        self.todo.pop_front();
+        self.hears(Heard::Empty(HashSet::new()));
+    }
+
     /// Orders loads of tables with the given numbers of pages, and continues up to the first visits. Redis is empty.
     fn begins(&mut self, purpose: Purpose, pages: &[&[u32]]) {
         let order = |table: usize| LoadOrder::Table {
@@ -388,11 +397,7 @@ fn a_loader_that_rests_reads_single_keys_and_no_chunk() {
 #[test]
 fn postgres_is_asked_only_about_keys_that_no_good_chunk_had() {
     let mut scene = Scene::new(1);
-    scene.orders_fill(Only::All);
-    scene.todo.pop_front();
-    scene.hears(Heard::LookedUp(vec![loadable(TableId(0), Extent::Pages(vec![1]))]));
-    scene.todo.pop_front();
-    scene.hears(Heard::Empty(HashSet::new()));
+    scene.begins_where_keys_are();
     let with = |part: &Reading<u16>, keys: &[&str]| {
         let Got::Brought(mut brought) = brought(part, 1, None) else { unreachable!() };
         let rows = keys.iter().map(|key| (Key(Bytes::copy_from_slice(key.as_bytes())), 0)).collect();
@@ -420,11 +425,7 @@ fn postgres_is_asked_only_about_keys_that_no_good_chunk_had() {
 #[test]
 fn a_search_for_orphans_keeps_nobody_waiting() {
     let mut scene = Scene::new(1);
-    scene.orders_fill(Only::All);
-    scene.todo.pop_front();
-    scene.hears(Heard::LookedUp(vec![loadable(TableId(0), Extent::Pages(vec![1]))]));
-    scene.todo.pop_front();
-    scene.hears(Heard::Empty(HashSet::new()));
+    scene.begins_where_keys_are();
     let (visit, parts) = scene.next_visit();
     scene.is_made(visit, &parts);
     assert!(matches!(scene.todo.pop_front(), Some(Errand::Scan { .. })));
